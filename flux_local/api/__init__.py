@@ -1,0 +1,1 @@
+"""HTTP: routes, authentication, errors as answers. Everything it serves is decided elsewhere."""

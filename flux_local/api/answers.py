@@ -1,0 +1,75 @@
+"""Errors as HTTP answers in OpenAI's form. The only place where an error becomes a status."""
+
+from __future__ import annotations
+
+import http
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from flux_local.errors import Answer, FluxError, InternalError, MethodNotAllowed, NotFound, answer_for
+
+log = logging.getLogger("flux_local.api")
+
+Handler = Callable[[Request, Exception], Awaitable[Response]]
+
+
+def error_body(error: FluxError) -> dict[str, Any]:
+    """The error object of a failure that is told in a stream or kept in the history."""
+    answer = answer_for(error)
+    return {"error": {"message": error.message, "type": answer.type, "param": error.param, "code": answer.code}}
+
+
+def error_response(
+    answer: Answer, message: str, param: str | None = None, retry_after: int | None = None
+) -> JSONResponse:
+    """`{"error": {message, type, param, code}}`."""
+    headers = {}
+    if retry_after is not None:
+        headers["retry-after"] = str(retry_after)
+    if answer.status == 500 and answer.code == "generation_invalid":
+        headers["x-should-retry"] = "false"
+    body = {"error": {"message": message, "type": answer.type, "param": param, "code": answer.code}}
+    return JSONResponse(body, answer.status, headers)
+
+
+async def on_flux_error(_: Request, error: Exception) -> Response:
+    error = cast(FluxError, error)
+    answer = answer_for(error)
+    if answer.status == 499:
+        return Response(status_code=499)
+    message = error.message if answer.code != "internal_error" or isinstance(error, InternalError) else GENERIC
+    return error_response(answer, message, error.param, error.retry_after)
+
+
+async def on_http_exception(_: Request, error: Exception) -> Response:
+    """What the router itself refuses."""
+    status = cast(HTTPException, error).status_code
+    if status == 405:
+        answer, message = answer_for(MethodNotAllowed("")), "This route does not take that method; see /openapi.json."
+    elif status == 404:
+        answer, message = answer_for(NotFound("")), "There is no such route; /openapi.json lists them all."
+    else:
+        answer, message = Answer(status, "invalid_request_error", "invalid_value"), http.HTTPStatus(status).phrase
+    response = error_response(answer, message)
+    response.headers.update(cast(HTTPException, error).headers or {})
+    return response
+
+
+async def on_exception(request: Request, error: Exception) -> Response:
+    log.error("request %s failed", request.scope.get("request_id"), exc_info=error)
+    return error_response(answer_for(InternalError("")), GENERIC)
+
+
+GENERIC = "The server failed on this request. Its log has the details under the request's x-request-id."
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(FluxError, on_flux_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(Exception, on_exception)

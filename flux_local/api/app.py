@@ -1,0 +1,91 @@
+"""The application: routes under each prefix in use, errors, request ids, keys."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import HTMLResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import flux_local
+from flux_local.api import answers
+from flux_local.api.auth import KeyGate
+from flux_local.api.requests import Requests
+from flux_local.api.routes import probes, router
+from flux_local.api.work import Services
+
+PREFIXES = ("/v1", "/openai/v1", "")
+
+log = logging.getLogger("flux_local.access")
+
+
+def create_app(services: Services, requests: Requests) -> ASGIApp:
+    """The ASGI application, keys and all."""
+    app = FastAPI(title="flux-local", version=flux_local.__version__, docs_url=None, redoc_url=None)
+    answers.install(app)
+    app.include_router(probes(services))
+    for prefix in PREFIXES:
+        app.include_router(router(services, requests), prefix=prefix, include_in_schema=prefix == "/v1")
+    add_docs(app)
+    gated: ASGIApp = KeyGate(app, services.settings.keys())
+    if origins := services.settings.origins():
+        gated = CORSMiddleware(gated, allow_origins=origins, allow_methods=["*"], allow_headers=["*"],
+                               expose_headers=["x-request-id", "x-flux-seed", "location"])  # fmt: skip
+    return RequestLog(gated)
+
+
+def add_docs(app: FastAPI) -> None:
+    """`/docs`, with its script and style from the installed package: no stranger's server is asked."""
+    app.mount("/docs/assets", StaticFiles(packages=[("fastapi_swagger", "resources")]), name="docs-assets")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="flux-local",
+            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="/docs/assets/swagger-ui.css",
+            swagger_favicon_url="/docs/assets/favicon-32x32.png",
+        )
+
+
+class RequestLog:
+    """Gives each request an id of ours, returns it as `x-request-id`, and writes one line when it has ended."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        scope["request_id"] = request_id = f"req_{secrets.token_hex(12)}"
+        started = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            log.info("%s %s %d %.3fs %s", scope["method"], printable(scope["path"]), status,
+                     time.monotonic() - started, request_id)  # fmt: skip
+
+
+def printable(path: str) -> str:
+    """A path that cannot break a line of the log; the id in a file's URL is a secret and left out."""
+    if "/images/files/" in path:
+        path = path.partition("/files/")[0] + "/files/…"
+    return "".join(c if c.isprintable() else "?" for c in path[:200])

@@ -1,0 +1,91 @@
+"""Request bodies: read with a limit, JSON parsed strictly. Errors never repeat what was sent."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+from starlette.requests import ClientDisconnect, Request
+
+from flux_local.errors import Cancelled, InvalidJson, RequestTooLarge, UnsupportedMediaType
+
+JSON_LIMIT = 1_000_000
+
+
+async def read(request: Request, limit: int) -> bytes:
+    """The body, counted while it comes in.
+
+    Raises:
+        RequestTooLarge: more than `limit` bytes. Cancelled: the client went away.
+    """
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise RequestTooLarge(f"The request body may have at most {limit:,} bytes.")
+    except ClientDisconnect as error:
+        raise Cancelled("The client went away.") from error
+    return bytes(body)
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Raises:
+        UnsupportedMediaType, RequestTooLarge, InvalidJson.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise UnsupportedMediaType("Send the request as JSON, with the header 'Content-Type: application/json'.")
+    return parse(await read(request, JSON_LIMIT))
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """Strict JSON: UTF-8, one value a name, finite numbers, no half characters, an object at the top.
+
+    Raises:
+        InvalidJson: anything else.
+    """
+    try:
+        value = json.loads(
+            body.decode("utf-8"),
+            parse_constant=refuse,
+            parse_float=finite,
+            parse_int=bounded,
+            object_pairs_hook=unique,
+        )
+        # A lone surrogate is legal JSON but no text; encoding finds it wherever it hides.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise InvalidJson(
+            "The body is not valid JSON: UTF-8, finite numbers, each name once. Check how it was made."
+        ) from error
+    if not isinstance(value, dict):
+        raise InvalidJson('The body must be a JSON object, like {"prompt": "a red circle"}.')
+    return value
+
+
+def refuse(_: str) -> NoReturn:
+    raise ValueError("no number")
+
+
+def finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("out of range")
+    return value
+
+
+def bounded(text: str) -> int:
+    if len(text) > 25:
+        raise ValueError("out of range")
+    return int(text)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice")
+    return found

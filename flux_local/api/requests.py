@@ -1,0 +1,242 @@
+"""Requests under way: each has an entry in the history, live progress, and can be cancelled by its id.
+
+A request that was told 202 goes on without its client, and after a restart; one whose client waits ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from PIL import Image
+
+from flux_local.api.answers import error_body
+from flux_local.api.uploads import Source
+from flux_local.api.work import OnEvent, OnPicture, Services, Work
+from flux_local.errors import Cancelled, FluxError, InternalError
+from flux_local.history import FINAL, Entry
+from flux_local.messages import Partial, Step
+from flux_local.params import GenerationParams
+
+log = logging.getLogger("flux_local.api")
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """A `Work` as bytes, to be done by a later process."""
+
+    params: GenerationParams
+    base_url: str
+    size: tuple[int, int] | None
+    image: bytes | None
+    mask: bytes | None
+
+
+@dataclass
+class Live:
+    """A request that is not finished."""
+
+    task: asyncio.Task[Any]
+    steps: dict[int, Step] = field(default_factory=dict)
+    pictures: int = 1
+    cancelled: bool = False
+
+
+class Requests:
+    """All requests of this process."""
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        self.live: dict[str, Live] = {}
+        self.stopping = False
+        self.synchronous = 0
+
+    async def run(
+        self, work: Work, owner: str, route: str, on_event: OnEvent | None = None, on_picture: OnPicture | None = None
+    ) -> dict[str, Any]:
+        """Does the work while its client waits, and keeps an account of it (unless `sync_mode`)."""
+        self.synchronous += 1
+        try:
+            if work.params.sync_mode:
+                return await work.run(on_event, on_picture)
+            self.services.dispatcher.admit(len(work.params.seeds))
+            await self._add(work, owner, route)
+            return await self._tracked(work, on_event, on_picture)
+        finally:
+            self.synchronous -= 1
+
+    async def start(self, work: Work, owner: str, route: str) -> None:
+        """Accepts the work; it goes on by itself, and is taken up again if the server is restarted."""
+        self.services.dispatcher.admit(len(work.params.seeds))
+        await self.services.history.add(work.id, owner, route, as_run(work.params), packed(work))
+        self._spawn(work)
+
+    async def resume(self) -> None:
+        """Takes up what an earlier process was told to do, and closes what nobody waits for any more."""
+        for entry in await self.services.history.unfinished():
+            if entry.work is None:
+                error = error_body(InternalError("The server was stopped while it worked on this. Send it again."))
+                await self.services.history.finish(entry.id, "failed", error=error)
+            else:
+                self._spawn(unpacked(entry, self.services))
+
+    async def stop(self) -> None:
+        """Leaves accepted work for the next process."""
+        self.stopping = True
+        tasks = [live.task for live in self.live.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def awaited(self) -> bool:
+        """Whether a client waits for an answer."""
+        return self.synchronous > 0
+
+    async def remove(self, id: str, owner: str) -> Entry:
+        """Cancels what still runs and removes what is stored; returns the entry as it was last.
+
+        Raises:
+            NotFound: no such request of this owner.
+        """
+        entry = await self.services.history.get(id, owner)
+        if live := self.live.get(id):
+            live.cancelled = True
+            live.task.cancel()
+            with contextlib.suppress(Exception, asyncio.CancelledError):
+                await asyncio.shield(asyncio.wait([live.task]))
+            entry = await self.services.history.get(id, owner)
+        for name in entry.files:
+            await asyncio.to_thread(self.services.store.remove, name)
+        await self.services.history.remove(id)
+        return entry
+
+    async def _add(self, work: Work, owner: str, route: str) -> None:
+        """Enters a request whose client waits; if the client leaves meanwhile, the entry is closed, not forgotten."""
+        history = self.services.history
+        adding = asyncio.ensure_future(history.add(work.id, owner, route, as_run(work.params), None, "running"))
+        try:
+            await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            await adding
+            await history.finish(work.id, "cancelled", error=error_body(CANCELLED))
+            raise
+
+    def _spawn(self, work: Work) -> None:
+        task = asyncio.create_task(self._tracked(work, None, None, whole=True))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _tracked(
+        self, work: Work, on_event: OnEvent | None, on_picture: OnPicture | None, whole: bool = False
+    ) -> dict[str, Any]:
+        task = asyncio.current_task()
+        assert task is not None
+        live = self.live[work.id] = Live(task, pictures=len(work.params.seeds))
+
+        def note(index: int, event: Step | Partial) -> None:
+            if isinstance(event, Step):
+                live.steps[index] = event
+            if on_event is not None:
+                on_event(index, event)
+
+        history = self.services.history
+        try:
+            body = await work.run(note, on_picture)
+        except asyncio.CancelledError:
+            if not self.stopping:
+                await asyncio.shield(history.finish(work.id, "cancelled", error=error_body(CANCELLED)))
+            if live.cancelled:
+                raise Cancelled("The request was cancelled.") from None
+            raise
+        except FluxError as error:
+            await history.finish(work.id, "failed", error=error_body(error))
+            raise
+        except Exception:
+            log.exception("request %s failed", work.id)
+            await history.finish(work.id, "failed", error=error_body(InternalError("The server failed.")))
+            raise
+        finally:
+            self.live.pop(work.id, None)
+        await history.finish(work.id, "succeeded", response=kept(body, whole), files=files_of(body))
+        return body
+
+    def view(self, entry: Entry) -> dict[str, Any]:
+        """An entry as the API shows it."""
+        live = self.live.get(entry.id)
+        status = "running" if live and live.steps and entry.status == "queued" else entry.status
+        found = {
+            "id": entry.id,
+            "object": "image.request",
+            "status": status,
+            "created": int(entry.created),
+            "finished": entry.finished and int(entry.finished),
+            "route": entry.route,
+            "params": entry.params,
+            "progress": self._progress(entry, live),
+            "response": entry.response,
+            "error": entry.error and entry.error["error"],
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _progress(self, entry: Entry, live: Live | None) -> dict[str, Any] | None:
+        """Steps done of steps to do, over all pictures; place in the queue and an estimate of the seconds left."""
+        if entry.status in FINAL:
+            return None
+        each = entry.params["steps_run"]
+        total = each * len(entry.params["seeds"])
+        done = sum(step.step for step in live.steps.values()) if live else 0
+        ahead, seconds = self.services.dispatcher.outlook(entry.id)
+        return {
+            "step": done,
+            "steps": total,
+            "queue_position": 0 if done else ahead,
+            "seconds_left": round(seconds, 2),
+        }
+
+
+CANCELLED = Cancelled("The request was cancelled.")
+
+
+def as_run(params: GenerationParams) -> dict[str, Any]:
+    """The parameters for the history, seeds and defaults filled in."""
+    found: dict[str, Any] = msgspec.to_builtins(params)
+    found["delivered"], found["canvas"] = str(params.delivered), str(params.canvas)
+    found["steps_run"] = params.steps_run
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def kept(body: dict[str, Any], whole: bool) -> dict[str, Any]:
+    """The answer as the history keeps it: without the pictures' own bytes, where the client was there to get them."""
+    if whole:
+        return body
+    data = [{name: value for name, value in item.items() if name != "b64_json"} for item in body["data"]]
+    return {**body, "data": data}
+
+
+def files_of(body: dict[str, Any]) -> list[str]:
+    urls = (item.get("url", "") for item in body["data"])
+    return [url.rpartition("/")[2] for url in urls if "/images/files/" in url]
+
+
+def packed(work: Work) -> bytes:
+    source = work.source
+    stored = Stored(
+        work.params,
+        work.base_url,
+        source.image.size if source else None,
+        source.image.tobytes() if source else None,
+        source.mask.tobytes() if source and source.mask else None,
+    )
+    return msgspec.msgpack.encode(stored)
+
+
+def unpacked(entry: Entry, services: Services) -> Work:
+    assert entry.work is not None
+    stored = msgspec.msgpack.decode(entry.work, type=Stored)
+    source = None
+    if stored.size is not None and stored.image is not None:
+        mask = Image.frombytes("L", stored.size, stored.mask) if stored.mask else None
+        source = Source(Image.frombytes("RGB", stored.size, stored.image), mask)
+    return Work(services, entry.id, stored.base_url, stored.params, source)

@@ -1,0 +1,195 @@
+"""The routes: a request in, an answer out. What a request means is decided in `params`, `work` and `requests`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from flux_local.api import bodies, schema, stream, uploads
+from flux_local.api.requests import Requests
+from flux_local.api.work import Services, Work, base_url
+from flux_local.errors import Cancelled, InvalidValue, ModelNotFound, NotReady
+from flux_local.params import PUBLIC_NAME, GenerationParams, Route, generation_params
+from flux_local.sizes import Size
+
+HISTORY_PAGE = 100
+
+
+def router(services: Services, requests: Requests) -> APIRouter:
+    """The API's routes, without prefix."""
+    routes = APIRouter()
+
+    def checked(raw: dict[str, Any], route: Route, image: Size | None = None) -> GenerationParams:
+        return generation_params(
+            raw,
+            services.model,
+            route=route,
+            image=image,
+            response_format=services.settings.response_format,
+            max_pixels=services.settings.max_pixels,
+        )
+
+    async def with_image(request: Request, route: Route) -> Response:
+        raw, source = await uploads.read(request, services.decoder)
+        params = checked(raw, route, Size(*source.image.size))
+        return await answer(request, requests, route, work_of(services, request, params, source))
+
+    @routes.post("/images/generations", responses=schema.answers(), openapi_extra=schema.json_body("generations"))
+    async def generations(request: Request) -> Response:
+        """Draw pictures from a prompt."""
+        params = checked(await bodies.json_object(request), "generations")
+        return await answer(request, requests, "generations", work_of(services, request, params))
+
+    @routes.post("/images/edits", responses=schema.answers(), openapi_extra=schema.image_body("edits"))
+    async def edits(request: Request) -> Response:
+        """Draw pictures from a prompt and a picture, all over or where a mask says."""
+        return await with_image(request, "edits")
+
+    @routes.post("/images/variations", responses=schema.answers(), openapi_extra=schema.image_body("variations"))
+    async def variations(request: Request) -> Response:
+        """Draw pictures like a picture."""
+        return await with_image(request, "variations")
+
+    @routes.get("/images/requests", responses=schema.answers(schema.ENTRIES))
+    async def history(request: Request) -> dict[str, Any]:
+        """The newest requests of the caller's key, the newest first."""
+        entries = await services.history.page(owner(request), HISTORY_PAGE)
+        return {"object": "list", "data": [requests.view(entry) for entry in entries]}
+
+    @routes.get("/images/requests/{id}", responses=schema.answers(schema.ENTRY))
+    async def history_entry(request: Request, id: str) -> dict[str, Any]:
+        """One request: status, progress, parameters as run, result."""
+        return requests.view(await services.history.get(id, owner(request)))
+
+    @routes.delete("/images/requests/{id}", responses=schema.answers(schema.ENTRY))
+    async def cancel(request: Request, id: str) -> dict[str, Any]:
+        """Cancel what still runs and remove what is stored."""
+        return {**requests.view(await requests.remove(id, owner(request))), "deleted": True}
+
+    @routes.get("/images/files/{name}", responses=schema.FILE_ANSWERS)
+    async def file(name: str) -> Response:
+        """The bytes behind a `url` answer."""
+        data = await asyncio.to_thread(services.store.load, name)
+        return Response(
+            data,
+            media_type=f"image/{name.rpartition('.')[2]}",
+            headers={
+                "x-content-type-options": "nosniff",
+                "content-security-policy": "default-src 'none'; sandbox",
+                "content-disposition": f'inline; filename="{name}"',
+                "cache-control": "private, max-age=3600",
+            },
+        )
+
+    @routes.get("/models", responses=schema.answers(schema.MODELS))
+    async def models(request: Request) -> dict[str, Any]:
+        """The names of its own that this server answers to. `?schema=true` adds the parameters."""
+        names = dict.fromkeys((PUBLIC_NAME, services.model.name))
+        return {"object": "list", "data": [model_object(services, request, name) for name in names]}
+
+    @routes.get("/models/{name}", responses=schema.answers(schema.MODEL))
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        """One model. `?schema=true` adds the parameters."""
+        if not services.model.answers_to(name):
+            raise ModelNotFound("This server has no such model; /v1/models lists what it has.")
+        return model_object(services, request, name)
+
+    return routes
+
+
+def probes(services: Services) -> APIRouter:
+    """Live and ready, for supervisors and balancers."""
+    routes = APIRouter()
+
+    @routes.get("/health")
+    async def health() -> dict[str, str]:
+        """Live: the process answers."""
+        return {"status": "ok"}
+
+    @routes.get("/ready", responses=schema.answers(schema.ANY))
+    async def ready() -> dict[str, Any]:
+        """Ready: a warm-up picture has been drawn and the engine is there."""
+        state = services.dispatcher.ready
+        if state is None or services.dispatcher.draining:
+            raise NotReady("Not ready: the model is loading or the server is stopping.", retry_after=5)
+        return {
+            "status": "ready",
+            "model": services.model.name,
+            "device": state.device,
+            "precision": state.precision,
+            "load_seconds": round(state.load_seconds, 3),
+            "warm_up_seconds": round(state.warm_up_seconds, 3),
+            "step_seconds": round(state.step_seconds, 4),
+        }
+
+    return routes
+
+
+def owner(request: Request) -> str:
+    """Whose request this is: the digest of its key, empty where the server has no keys."""
+    found: str = request.scope.get("owner", "")
+    return found
+
+
+def work_of(
+    services: Services, request: Request, params: GenerationParams, source: uploads.Source | None = None
+) -> Work:
+    return Work(services, request.scope["request_id"], base_url(services.settings, request), params, source)
+
+
+async def answer(request: Request, requests: Requests, route: Route, work: Work) -> Response:
+    """Now, as a stream, or a promise: whatever the client asked for."""
+    prefers = request.headers.get("prefer", "").lower()
+    later = "respond-async" in (part.split(";")[0].strip() for part in prefers.split(","))
+    if later:
+        if work.params.stream or work.params.sync_mode:
+            name = "stream" if work.params.stream else "sync_mode"
+            raise InvalidValue(f"'{name}' does not go with 'Prefer: respond-async'; leave one out.", param=name)
+        await requests.start(work, owner(request), route)
+        entry = await requests.services.history.get(work.id, owner(request))
+        location = f"{work.base_url}/v1/images/requests/{work.id}"
+        headers = {"location": location, "preference-applied": "respond-async", **work.headers({"data": []})}
+        return JSONResponse(requests.view(entry), 202, headers)
+    if work.params.stream:
+        work.services.dispatcher.admit(len(work.params.seeds))
+        family = "image_generation" if route == "generations" else "image_edit"
+        return stream.response(requests, work, owner(request), route, family)
+    body = await while_connected(request, requests.run(work, owner(request), route))
+    return JSONResponse(body, headers=work.headers(body))
+
+
+def model_object(services: Services, request: Request, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": services.started,
+        "owned_by": "flux-local",
+    }
+    if request.query_params.get("schema", "").lower() in ("true", "1"):
+        found["parameters"] = schema.parameter_list(services.model)
+    return found
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """The work's result; if the client goes away first, the work is cancelled."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Cancelled("The client went away.")
+        return await task
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def disconnected(request: Request) -> None:
+    """Returns when the client has gone. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

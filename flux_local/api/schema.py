@@ -1,0 +1,193 @@
+"""The OpenAPI document's parts, read off the parameter table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flux_local.params import PARAMETERS, ModelInfo, Parameter, Route
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+
+IMAGES = {
+    "type": "object",
+    "required": ["created", "data"],
+    "properties": {
+        "created": {"type": "integer"},
+        "data": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "url": {"type": "string"},
+                    "b64_json": {"type": "string"},
+                    "revised_prompt": {"type": "string"},
+                    "seed": {"type": "integer"},
+                },
+            },
+        },
+        "size": {"type": "string"},
+        "output_format": {"type": "string"},
+        "quality": {"type": "string"},
+        "background": {"type": "string"},
+        "usage": {"type": "object"},
+        "timings": {"type": "object"},
+        "id": {"type": "string"},
+    },
+}
+
+
+def json_answer(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+ANY: dict[str, Any] = {"type": "object"}
+ENTRY: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "object", "status", "created", "route", "params"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "image.request"},
+        "status": {"enum": ["queued", "running", "succeeded", "failed", "cancelled"]},
+        "created": {"type": "integer"},
+        "finished": {"type": "integer"},
+        "route": {"type": "string"},
+        "params": {"type": "object"},
+        "progress": {
+            "type": "object",
+            "properties": {
+                "step": {"type": "integer"},
+                "steps": {"type": "integer"},
+                "queue_position": {"type": "integer"},
+                "seconds_left": {"type": "number"},
+            },
+        },
+        "response": IMAGES,
+        "error": {"type": "object"},
+        "deleted": {"type": "boolean"},
+    },
+}
+MODEL: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "object", "created", "owned_by"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "model"},
+        "created": {"type": "integer"},
+        "owned_by": {"type": "string"},
+        "parameters": {"type": "array", "items": {"type": "object"}},
+    },
+}
+
+
+def listed(item: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["object", "data"],
+        "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": item}},
+    }
+
+
+ENTRIES, MODELS = listed(ENTRY), listed(MODEL)
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": json_answer("The request is at fault.", ERROR),
+    "5XX": json_answer("The server is at fault.", ERROR),
+}
+FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The picture.", "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}},
+    **ERRORS,
+}
+
+
+def answers(schema: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer: this schema, or without one the pictures, now, streamed or promised; and errors."""
+    if schema is not None:
+        return {200: json_answer("Found.", schema), **ERRORS}
+    pictures = json_answer("The pictures.", IMAGES)
+    pictures["content"]["text/event-stream"] = {}
+    return {200: pictures, 202: json_answer("Accepted, with Prefer: respond-async.", ENTRY), **ERRORS}
+
+
+def property_of(parameter: Parameter) -> dict[str, Any]:
+    """The JSON schema of one parameter. Null means not given."""
+    kinds: dict[str, Any] = {
+        "file": {"type": "string", "format": "binary"},
+        "number or string": {"type": ["number", "string", "null"]},
+        "list": {"type": ["array", "null"], "items": {"type": "object"}},
+    }
+    found = kinds.get(parameter.kind) or {"type": [parameter.kind, "null"]}
+    found["description"] = f"{parameter.description} Default: {parameter.default}."
+    if parameter.choices and parameter.kind == "string":
+        found["enum"] = [*parameter.choices, None]
+    if parameter.kind == "string" and parameter.high is not None:
+        found["maxLength"] = int(parameter.high)
+    elif parameter.low is not None and parameter.high is not None:
+        found["minimum"], found["maximum"] = parameter.low, parameter.high
+    if parameter.name == "prompt":
+        found["type"] = "string"
+    return found
+
+
+def object_of(route: Route) -> dict[str, Any]:
+    rows = [parameter for parameter in PARAMETERS if route in parameter.routes]
+    required = [parameter.name for parameter in rows if parameter.default == "required"]
+    if route == "variations":
+        required.remove("prompt")
+    return {
+        "type": "object",
+        "required": required,
+        "properties": {name: property_of(row) for row in rows for name in (row.name, *row.aliases)},
+        "additionalProperties": True,
+    }
+
+
+def json_body(route: Route) -> dict[str, Any]:
+    """The `requestBody` of a route that takes JSON alone."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": object_of(route)}}}}
+
+
+def image_body(route: Route) -> dict[str, Any]:
+    """The `requestBody` of a route that takes a form with files, or JSON with data URLs."""
+    in_json = object_of(route)
+    for name in ("image", "mask"):
+        if name in in_json["properties"]:
+            in_json["properties"][name] = {"type": "string", "description": "A data URL with base64."}
+    content = {"multipart/form-data": {"schema": object_of(route)}, "application/json": {"schema": in_json}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def parameter_list(model: ModelInfo) -> list[dict[str, Any]]:
+    """The table, with the model's own defaults filled in: what `?schema=true` answers."""
+    own = {"cfg_scale": model.default_guidance, "num_inference_steps": model.default_steps}
+    found = []
+    for row in PARAMETERS:
+        entry: dict[str, Any] = {
+            "name": row.name,
+            "aliases": list(row.aliases),
+            "type": row.kind,
+            "required": row.default == "required",
+            "default": own.get(row.name, row.default),
+            "handling": row.handling,
+            "modes": list(row.routes),
+            "description": row.description,
+        }
+        if row.low is not None and row.high is not None:
+            entry |= {"minimum": row.low, "maximum": row.high}
+        if row.choices:
+            entry["values"] = list(row.choices)
+        found.append(entry)
+    return found

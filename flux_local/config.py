@@ -1,0 +1,155 @@
+"""Every setting of the server, once: its name, type, default and meaning.
+
+Flags, environment variables (`FLUX_LOCAL_` and the name in capitals) and the keys of a TOML file are derived from
+`Settings`; flags win over the environment, the environment over the file. Secrets have no flag.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from flux_local.errors import SettingsError
+
+PREFIX = "FLUX_LOCAL_"
+SECRET = {"secret": True}
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Checked settings. Build with `load`."""
+
+    host: Annotated[str, Meta(description="Address to listen on. Anything but loopback wants API keys.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")] = 8000
+    model: Annotated[str, Meta(description="A model folder, or the name of one under weights/.")] = "flux-krea-mini"
+    device: Annotated[str, Meta(description="'auto', 'cpu', or a GPU such as 'cuda:0'.")] = "auto"
+    data_dir: Annotated[str, Meta(description="Folder for pictures behind URLs.")] = "~/.local/share/flux-local"
+    public_url: Annotated[str, Meta(description="Base of the URLs in answers, if clients see another address.")] = ""
+    response_format: Annotated[
+        Literal["url", "b64_json"], Meta(description="What an answer holds when the request does not say.")
+    ] = "url"
+    url_lifetime: Annotated[int, Meta(ge=60, description="Seconds for which a picture's URL stays good.")] = 86_400
+    max_pixels: Annotated[int, Meta(ge=256, description="Largest picture delivered, in pixels.")] = 2048 * 2048
+    max_waiting: Annotated[int, Meta(ge=1, description="Pictures that may wait; more are refused with 429.")] = 256
+    png_metadata: Annotated[bool, Meta(description="Write prompt and parameters into PNG files.")] = True
+    allow_anonymous: Annotated[
+        bool, Meta(description="Listen beyond loopback without API keys: anyone who can connect can generate.")
+    ] = False
+    cors_origins: Annotated[
+        str, Meta(description="Web pages that may call from a browser: origins like https://example.org, by commas.")
+    ] = ""
+    api_keys_file: Annotated[str, Meta(description="File with one API key a line.")] = ""
+    api_keys: Annotated[str, Meta(description="API keys, separated by commas.", extra=SECRET)] = ""
+
+    def origins(self) -> list[str]:
+        """The origins that browsers may call from.
+
+        Raises:
+            SettingsError: one that is no origin; `*` is none.
+        """
+        found = [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+        for origin in found:
+            if not re.fullmatch(r"https?://[\w.\-\[\]:]+", origin, re.ASCII):
+                raise SettingsError("cors_origins must be origins like https://example.org, separated by commas.")
+        return found
+
+    def keys(self) -> frozenset[str]:
+        """All API keys, from both places.
+
+        Raises:
+            SettingsError: the keys file cannot be read or is empty.
+        """
+        found = {key.strip() for key in self.api_keys.split(",")}
+        if self.api_keys_file:
+            try:
+                lines = {line.strip() for line in Path(self.api_keys_file).expanduser().read_text().splitlines()}
+            except (OSError, ValueError) as error:
+                raise SettingsError(f"Cannot read the API keys file: {error}.") from error
+            if not lines - {""}:
+                raise SettingsError("The API keys file holds no key. Put one key on a line, or unset api_keys_file.")
+            found |= lines
+        return frozenset(found - {""})
+
+
+class Setting(typing.NamedTuple):
+    """One field of `Settings`, for whoever derives something from it."""
+
+    name: str
+    type: Any
+    default: Any
+    description: str
+    secret: bool
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+
+def describe() -> list[Setting]:
+    """All settings, in order."""
+    hints = typing.get_type_hints(Settings, include_extras=True)
+    found = []
+    for field in msgspec.structs.fields(Settings):
+        base, meta = typing.get_args(hints[field.name])
+        secret = bool((meta.extra or {}).get("secret"))
+        found.append(Setting(field.name, base, field.default, meta.description, secret))
+    return found
+
+
+def load(flags: Mapping[str, str], environment: Mapping[str, str] | None = None, file: str | None = None) -> Settings:
+    """Settings from flags, environment and file.
+
+    Args:
+        flags: name → value as typed, for the flags that were given.
+        environment: defaults to the process's own.
+        file: a TOML file, or None.
+
+    Raises:
+        SettingsError: an unknown setting or a bad value; the message says where it came from.
+    """
+    environment = os.environ if environment is None else environment
+    names = {setting.name for setting in describe()}
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values |= msgspec.toml.decode(Path(file).expanduser().read_bytes(), type=dict[str, Any])
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"Cannot read the settings file {file}: {error}") from error
+    for variable, value in environment.items():
+        if variable.startswith(PREFIX):
+            values[variable.removeprefix(PREFIX).lower()] = value
+    values |= flags
+    if unknown := sorted(set(values) - names):
+        raise SettingsError(f"No such setting: {', '.join(unknown)}. `flux-local serve --help` lists them all.")
+    try:
+        settings = msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"Bad setting: {error}.") from error
+    settings.origins()
+    if not is_loopback(settings.host) and not settings.keys() and not settings.allow_anonymous:
+        raise SettingsError(
+            f"Refusing to listen on {settings.host} without API keys. Set {PREFIX}API_KEYS_FILE, listen on 127.0.0.1, "
+            "or say --allow-anonymous true."
+        )
+    return settings
+
+
+def is_loopback(host: str) -> bool:
+    """True for addresses that only this machine can reach."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

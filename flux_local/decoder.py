@@ -1,0 +1,137 @@
+"""Decodes one uploaded picture in a process of its own, with little memory, little time, and nothing to lose.
+
+Run as a program: the upload on standard input, a header and plain pixels on standard output. A picture that brings
+the decoder down brings down this process only. `SafeDecoder` is the parent's side; it keeps one process started, so
+that a request does not wait for an interpreter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import resource
+import struct
+import sys
+import warnings
+from typing import TYPE_CHECKING, Literal
+
+from flux_local.errors import InvalidImage
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 33_000_000
+MEMORY = 2 << 30
+CPU_SECONDS = 20
+FORMATS = ("PNG", "JPEG", "WEBP")
+HEADER = struct.Struct("<BII")
+OK, BAD, LARGE, NO_ALPHA = range(4)
+
+Purpose = Literal["image", "mask"]
+
+WORDS = {
+    BAD: "This is no PNG, JPEG or WebP picture that can be read. Check the file, or save it again as PNG.",
+    LARGE: f"The picture has more than {MAX_PIXELS // 1_000_000} megapixels. Make it smaller.",
+    NO_ALPHA: "The mask has no transparency. Send a PNG whose transparent parts are to be repainted.",
+}
+
+
+class SafeDecoder:
+    """Gives each upload a fresh process; never more than a few at once."""
+
+    def __init__(self, at_once: int = 4) -> None:
+        self._spare: asyncio.Task[asyncio.subprocess.Process] | None = None
+        self._slots = asyncio.Semaphore(at_once)
+
+    async def decode(self, data: bytes, purpose: Purpose) -> tuple[int, int, bytes]:
+        """Width, height and rows: RGB for an image; a byte a pixel, 255 where to repaint, for a mask.
+
+        Raises:
+            InvalidImage: not a picture, too large, a mask without alpha, or one that the decoder died of.
+        """
+        async with self._slots:
+            process = await self._take()
+            try:
+                async with asyncio.timeout(2 * CPU_SECONDS):
+                    out, _ = await process.communicate(purpose[:1].encode() + data)
+            except TimeoutError:
+                out = b""
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+        status, width, height = HEADER.unpack_from(out) if len(out) >= HEADER.size else (BAD, 0, 0)
+        if status != OK:
+            raise InvalidImage(WORDS[status], param=purpose)
+        return width, height, out[HEADER.size :]
+
+    async def close(self) -> None:
+        if self._spare is not None:
+            with contextlib.suppress(ProcessLookupError):
+                (await self._spare).kill()
+
+    async def _take(self) -> asyncio.subprocess.Process:
+        spare = self._spare or asyncio.create_task(self._start())
+        process = await spare
+        self._spare = asyncio.create_task(self._start())
+        return process
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "flux_local.decoder", stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+
+
+def decode(data: bytes, purpose: Purpose) -> tuple[int, int, int, bytes]:
+    """Status, width, height and rows. Runs in the child."""
+    from PIL import Image, ImageOps
+
+    # Pillow's own guard would only warn; the header decides before a pixel is read.
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                return LARGE, 0, 0, b""
+            opened.load()
+            picture: Image.Image = ImageOps.exif_transpose(opened)
+            if purpose == "mask":
+                if not picture.has_transparency_data:
+                    return NO_ALPHA, 0, 0, b""
+                alpha = picture.convert("RGBA").getchannel("A")
+                return OK, *picture.size, alpha.point([255] * 128 + [0] * 128).tobytes()
+            return OK, *picture.size, flattened(picture).tobytes()
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError):
+        return BAD, 0, 0, b""
+
+
+def flattened(picture: Image.Image) -> Image.Image:
+    """RGB, transparency on white, 16 bits reduced to 8."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):
+        picture = picture.convert("I").point(lambda value: value / 257).convert("L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        page = Image.new("RGBA", picture.size, "white")
+        page.alpha_composite(picture)
+        picture = page
+    return picture.convert("RGB")
+
+
+def main() -> None:
+    from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    warnings.simplefilter("ignore")
+    purpose, data = sys.stdin.buffer.read(1), sys.stdin.buffer.read()
+    if not purpose:
+        return  # the parent has gone
+    status, width, height, rows = decode(data, "mask" if purpose == b"m" else "image")
+    sys.stdout.buffer.write(HEADER.pack(status, width, height) + rows)
+
+
+if __name__ == "__main__":
+    main()

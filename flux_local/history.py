@@ -1,0 +1,187 @@
+"""Requests and what became of them, in SQLite. One thread, one connection; a commit is on disk when it returns.
+
+Knows nothing of pictures or HTTP: parameters, results and errors are JSON that it keeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from flux_local.errors import NotFound, StorageFull
+
+Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+FINAL: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
+T = TypeVar("T")
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS requests (
+    id       TEXT PRIMARY KEY,
+    owner    TEXT NOT NULL,
+    route    TEXT NOT NULL,
+    status   TEXT NOT NULL,
+    created  REAL NOT NULL,
+    finished REAL,
+    params   TEXT NOT NULL,
+    response TEXT,
+    error    TEXT,
+    files    TEXT NOT NULL DEFAULT '[]',
+    work     BLOB
+);
+CREATE INDEX IF NOT EXISTS by_owner ON requests (owner, created DESC);
+"""
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """A row. Times are Unix seconds; `work` is what is needed to do it again, None where nobody would wait for it."""
+
+    id: str
+    owner: str
+    route: str
+    status: Status
+    created: float
+    finished: float | None
+    params: dict[str, Any]
+    response: dict[str, Any] | None
+    error: dict[str, Any] | None
+    files: list[str]
+    work: bytes | None
+
+
+class History:
+    """All requests of the last `lifetime` seconds.
+
+    Args:
+        folder: the server's data directory, which this process has locked.
+    """
+
+    def __init__(self, folder: Path, lifetime: int) -> None:
+        self.lifetime = lifetime
+        self._thread = ThreadPoolExecutor(1, "history")
+        self._connection = self._thread.submit(self._open, folder / "history.sqlite3").result()
+
+    def _open(self, path: Path) -> sqlite3.Connection:
+        """The database; one that cannot be read is put aside, for pictures do not depend on it."""
+        try:
+            return self._connect(path)
+        except sqlite3.DatabaseError:
+            path.rename(path.with_suffix(f".corrupt-{int(time.time())}"))
+            return self._connect(path)
+
+    def _connect(self, path: Path) -> sqlite3.Connection:
+        connection = sqlite3.connect(path, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            if connection.execute("PRAGMA quick_check").fetchone() != ("ok",):
+                raise sqlite3.DatabaseError("quick_check failed")
+            connection.executescript(SCHEMA)
+        except sqlite3.DatabaseError:
+            connection.close()
+            raise
+        return connection
+
+    async def _run(self, action: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, action, self._connection)
+        except sqlite3.OperationalError as error:
+            raise StorageFull("The server cannot write its request history. Free space on the server.") from error
+
+    async def add(
+        self, id: str, owner: str, route: str, params: dict[str, Any], work: bytes | None, status: Status = "queued"
+    ) -> None:
+        """A new request."""
+        row = (id, owner, route, status, time.time(), json.dumps(params), work)
+        await self._run(
+            lambda c: c.execute(
+                "INSERT INTO requests (id, owner, route, status, created, params, work) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
+        )
+
+    async def finish(
+        self,
+        id: str,
+        status: Status,
+        response: dict[str, Any] | None = None,
+        error: dict[str, Any] | None = None,
+        files: list[str] | None = None,
+    ) -> bool:
+        """Gives a request its one final state; False if it has one already or is gone."""
+        row = (status, time.time(), response and json.dumps(response), error and json.dumps(error),
+               json.dumps(files or []), id)  # fmt: skip
+        return await self._run(
+            lambda c: (
+                c.execute(
+                    "UPDATE requests SET status = ?, finished = ?, response = ?, error = ?, files = ?, work = NULL"
+                    " WHERE id = ? AND status IN ('queued', 'running')",
+                    row,
+                ).rowcount
+                == 1
+            )
+        )
+
+    async def get(self, id: str, owner: str) -> Entry:
+        """Raises `NotFound` unless the request is there and the owner's."""
+        rows = await self._run(
+            lambda c: c.execute("SELECT * FROM requests WHERE id = ? AND owner = ?", (id, owner)).fetchall()
+        )
+        if not rows:
+            raise NotFound("There is no such request, or it has expired.")
+        return entry(rows[0])
+
+    async def page(self, owner: str, limit: int, before: float | None = None) -> list[Entry]:
+        """The owner's newest requests, the newest first."""
+        row = (owner, before if before is not None else float("inf"), limit)
+        rows = await self._run(
+            lambda c: c.execute(
+                "SELECT * FROM requests WHERE owner = ? AND created < ? ORDER BY created DESC LIMIT ?", row
+            ).fetchall()
+        )
+        return [entry(r) for r in rows]
+
+    async def unfinished(self) -> list[Entry]:
+        """What an earlier process left without a final state, in the order it came."""
+        rows = await self._run(
+            lambda c: c.execute(
+                "SELECT * FROM requests WHERE status IN ('queued', 'running') ORDER BY created"
+            ).fetchall()
+        )
+        return [entry(r) for r in rows]
+
+    async def remove(self, id: str) -> None:
+        await self._run(lambda c: c.execute("DELETE FROM requests WHERE id = ?", (id,)))
+
+    async def sweep(self) -> None:
+        """Forgets what has expired."""
+        oldest = time.time() - self.lifetime
+        await self._run(lambda c: c.execute("DELETE FROM requests WHERE finished < ?", (oldest,)))
+
+    def close(self) -> None:
+        self._thread.submit(self._connection.close).result()
+        self._thread.shutdown()
+
+
+def entry(row: tuple[Any, ...]) -> Entry:
+    id, owner, route, status, created, finished, params, response, error, files, work = row
+    return Entry(
+        id=id,
+        owner=owner,
+        route=route,
+        status=status,
+        created=created,
+        finished=finished,
+        params=json.loads(params),
+        response=response and json.loads(response),
+        error=error and json.loads(error),
+        files=json.loads(files),
+        work=work,
+    )

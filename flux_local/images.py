@@ -1,0 +1,86 @@
+"""Pixels of a canvas → the picture delivered → the bytes of a file. Knows neither requests nor models."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin
+
+from flux_local.params import GenerationParams
+from flux_local.sizes import Size
+
+PNG_LEVEL = 1
+"""zlib's fastest: a third of the time of the default for a few percent more bytes."""
+
+
+def delivered(pixels: bytes, canvas: Size, size: Size) -> Image.Image:
+    """The canvas as the picture asked for: cropped at the centre, or resampled to cover it and then cropped.
+
+    Args:
+        pixels: RGB rows of the canvas.
+    """
+    picture = Image.frombytes("RGB", canvas, pixels)
+    if is_rounded_up(canvas, size):
+        left, top = (canvas.width - size.width) // 2, (canvas.height - size.height) // 2
+        return picture.crop((left, top, left + size.width, top + size.height))
+    return ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
+
+
+def covering(picture: Image.Image, size: Size) -> Image.Image:
+    """Scaled to cover the size and cropped at the centre; the picture itself if it has that size.
+
+    A mask (mode L) is scaled without grey between.
+    """
+    if picture.size == size:
+        return picture
+    method = Image.Resampling.NEAREST if picture.mode == "L" else Image.Resampling.LANCZOS
+    return ImageOps.fit(picture, size, method=method)
+
+
+def on_canvas(picture: Image.Image, canvas: Size, size: Size) -> Image.Image:
+    """The inverse of `delivered`: a picture of the delivered size as the canvas that it would be cropped from.
+
+    What the crop will take off is filled with the picture's own border.
+    """
+    if not is_rounded_up(canvas, size):
+        return covering(picture, canvas)
+    left, top = (canvas.width - size.width) // 2, (canvas.height - size.height) // 2
+    rows = np.asarray(picture)
+    around = ((top, canvas.height - size.height - top), (left, canvas.width - size.width - left))
+    return Image.fromarray(np.pad(rows, (*around, (0, 0))[: rows.ndim], mode="edge"))
+
+
+def keep_unmasked(made: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
+    """The picture made where the mask (mode L) is not 0, and the original's own pixels elsewhere."""
+    return Image.composite(made, original, mask)
+
+
+def is_rounded_up(canvas: Size, size: Size) -> bool:
+    return all(0 <= side - asked < 16 for side, asked in zip(canvas, size, strict=True))
+
+
+def encode(picture: Image.Image, params: GenerationParams, text: str | None) -> bytes:
+    """The file. `text` goes into a PNG's `parameters` chunk, where image tools look for it."""
+    out = io.BytesIO()
+    match params.output_format:
+        case "png":
+            chunks = PngImagePlugin.PngInfo()
+            if text is not None:
+                chunks.add_text("parameters", text)
+            picture.save(out, "PNG", compress_level=PNG_LEVEL, pnginfo=chunks)
+        case "gif":
+            picture.save(out, "GIF")
+        case "jpeg":
+            picture.save(out, "JPEG", quality=params.output_quality)
+        case "webp" | "avif":
+            picture.save(out, params.output_format.upper(), quality=params.output_quality)
+    return out.getvalue()
+
+
+def parameters_text(params: GenerationParams, seed: int, model: str) -> str:
+    """Prompt and parameters in the form that AUTOMATIC1111's web UI began and most image tools read."""
+    return (
+        f"{params.prompt}\nSteps: {params.steps}, Sampler: Euler, CFG scale: {params.guidance:g}, "
+        f"Seed: {seed}, Size: {params.delivered}, Model: {model}"
+    )

@@ -1,0 +1,158 @@
+"""What the API process and an engine process say to each other: typed structs, msgpack frames, one socket pair.
+
+No pickle; pixels travel as raw bytes. Knows nothing of what either side does with a message.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+HEADER = struct.Struct("<I")
+
+
+class Job(msgspec.Struct, frozen=True, tag=True):
+    """One picture to draw. Sizes in pixels, multiples of 16.
+
+    `image`: RGB rows of the canvas to start from, `skip` steps into the schedule. `mask`: a byte for each pixel of the
+    canvas, not 0 where it is to be repainted. `partials`: how many pictures to send on the way.
+    """
+
+    id: str
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    image: bytes | None = None
+    mask: bytes | None = None
+    skip: int = 0
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
+    partials: int = 0
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    id: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The warm-up picture is drawn. `step_seconds`: a step of it at the model's largest canvas, batch 1."""
+
+    device: str
+    precision: str
+    load_seconds: float
+    warm_up_seconds: float
+    step_seconds: float
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    message: str
+    exit_code: int
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """A picture has gone one step further: `step` of `steps`, in so many seconds of the device."""
+
+    id: str
+    step: int
+    steps: int
+    seconds: float
+
+
+class Partial(msgspec.Struct, frozen=True, tag=True):
+    """The model's estimate of the finished picture at this point: RGB rows of the canvas."""
+
+    id: str
+    index: int
+    pixels: bytes
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """A finished picture: RGB rows of the canvas, and where its seconds went."""
+
+    id: str
+    pixels: bytes
+    text_tokens: int
+    prompt_read: str
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """`code` is one of `errors.BY_CODE`."""
+
+    id: str
+    code: str
+    message: str
+
+
+ToEngine = Job | Cancel
+FromEngine = Ready | StartFailed | Step | Partial | Done | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    """Length and body, ready to send."""
+    body = _encoder.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def decode_from_engine(body: bytes) -> FromEngine:
+    message: FromEngine = _from_engine.decode(body)
+    return message
+
+
+class EngineChannel:
+    """The engine's end of the pair: sends whole frames, and reads them with or without waiting.
+
+    Raises `EOFError` once the other side has gone.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.buffer = bytearray()
+
+    def send(self, message: FromEngine) -> None:
+        self.connection.setblocking(True)
+        try:
+            self.connection.sendall(frame(message))
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise EOFError from error
+
+    def receive(self, wait: bool) -> Iterator[ToEngine]:
+        """Every message that has come; with `wait`, blocks until there is one."""
+        messages = list(self._whole_frames())
+        while True:
+            self.connection.setblocking(wait and not messages)
+            try:
+                data = self.connection.recv(1 << 16)
+            except BlockingIOError:
+                break
+            except ConnectionResetError as error:
+                raise EOFError from error
+            if not data:
+                raise EOFError
+            self.buffer += data
+            messages.extend(self._whole_frames())
+        yield from messages
+
+    def _whole_frames(self) -> Iterator[ToEngine]:
+        while len(self.buffer) >= HEADER.size:
+            (length,) = HEADER.unpack_from(self.buffer)
+            end = HEADER.size + length
+            if len(self.buffer) < end:
+                return
+            body: Any = bytes(self.buffer[HEADER.size : end])
+            del self.buffer[:end]
+            yield _to_engine.decode(body)

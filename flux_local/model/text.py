@@ -1,0 +1,62 @@
+"""Prompt → what the transformer reads: T5's states, CLIP's pooled vector, and how much of the prompt was read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptEmbedding:
+    """One prompt, encoded."""
+
+    states: Tensor
+    """T5's last hidden states, [1, L, D]. Padding is part of it: FLUX.1 attends to pad tokens."""
+    pooled: Tensor
+    """CLIP's pooled output, [1, P]."""
+    tokens: int
+    """T5 tokens read, padding not counted."""
+    read: str
+    """The part of the prompt that T5 read: all of it, unless it was too long."""
+
+
+class PromptEncoder:
+    """Both text encoders of FLUX.1 with their tokenizers."""
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, tokenizer_2: Any, text_encoder_2: Any) -> None:
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.tokenizer_2 = tokenizer_2
+        self.text_encoder_2 = text_encoder_2
+        self.max_length: int = tokenizer_2.model_max_length
+
+    @torch.inference_mode()
+    def encode(self, prompt: str, prompt_2: str | None = None, max_length: int | None = None) -> PromptEmbedding:
+        """CLIP reads `prompt`, T5 reads `prompt_2` (or `prompt`), cut or padded to `max_length` tokens."""
+        length = max_length or self.max_length
+        t5_prompt = prompt if prompt_2 is None else prompt_2
+        device = self.text_encoder_2.device
+        t5 = self.tokenizer_2(
+            t5_prompt,
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_offsets_mapping=True,
+            return_tensors="pt",
+        )
+        clip = self.tokenizer(
+            prompt,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+        states = self.text_encoder_2(t5.input_ids.to(device)).last_hidden_state
+        pooled = self.text_encoder(clip.input_ids.to(device)).pooler_output
+        tokens = int(t5.attention_mask.sum())
+        end = int(t5.offset_mapping[0, :tokens, 1].max()) if tokens else 0
+        whole = tokens < length or end >= len(t5_prompt.rstrip())
+        return PromptEmbedding(states, pooled, tokens, t5_prompt if whole else t5_prompt[:end])

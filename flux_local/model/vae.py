@@ -1,0 +1,53 @@
+"""Latents ↔ pixels through FLUX.1's autoencoder, one picture at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux_local.model.latents import VAE_SCALE, pack, unpack
+
+
+class Autoencoder:
+    """Packed latents to 8-bit RGB and back."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+
+    @torch.inference_mode()
+    def encode(self, pixels: bytes, width: int, height: int) -> Tensor:
+        """RGB rows → the mean of the posterior, scaled and packed: [1, tokens, 64]."""
+        rows = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, height, width, 3)
+        picture = rows.permute(0, 3, 1, 2).to(self.vae.device, self.vae.dtype) / 127.5 - 1
+        mean = self.vae.encode(picture).latent_dist.mean
+        return pack((mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
+
+    def repaint(self, mask: bytes, width: int, height: int) -> Tensor:
+        """A byte a pixel → [1, tokens, 64]: 1 for each latent that covers a pixel to be repainted."""
+        rows = torch.frombuffer(bytearray(mask), dtype=torch.uint8).view(1, 1, height, width)
+        covered = torch.nn.functional.max_pool2d((rows > 0).float(), VAE_SCALE)
+        channels = self.vae.config.latent_channels
+        return pack(covered.expand(-1, channels, -1, -1)).to(self.vae.device)
+
+    @torch.inference_mode()
+    def pixels(self, latents: Tensor, width: int, height: int) -> Tensor:
+        """[1, tokens, 64] → [3, height, width] in 0 … 1, fp32, not clamped. NaN where the model failed."""
+        spatial = unpack(latents, width, height)
+        spatial = spatial / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        picture: Tensor = self.vae.decode(spatial.to(self.vae.dtype), return_dict=False)[0]
+        return picture[0].float() / 2 + 0.5
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, width: int, height: int) -> bytes:
+        """[1, tokens, 64] → RGB bytes, row by row, 3 · width · height of them.
+
+        Raises:
+            ArithmeticError: the picture has a value that is not a finite number.
+        """
+        picture = self.pixels(latents, width, height)
+        if not bool(torch.isfinite(picture).all()):
+            raise ArithmeticError("the decoded picture holds values that are not finite")
+        rounded = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+        return rounded.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()

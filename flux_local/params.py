@@ -1,0 +1,328 @@
+"""The parameter table of the API, and what a request becomes once it has been checked.
+
+`PARAMETERS` is the only place where a parameter's names, type, range, default and handling exist: validation, the
+OpenAPI schema, the README's table and the command line's flags are read off it. Knows neither HTTP nor the model
+beyond `ModelInfo`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flux_local import sizes
+from flux_local.errors import InvalidValue, MissingParameter, ModelNotFound, NotAvailable
+from flux_local.sizes import CanvasRange, Size
+
+Kind = Literal["string", "integer", "number", "boolean", "number or string", "file", "list"]
+Route = Literal["generations", "edits", "variations"]
+ALL_ROUTES: tuple[Route, ...] = ("generations", "edits", "variations")
+WITH_IMAGE: tuple[Route, ...] = ("edits", "variations")
+
+PUBLIC_NAME = "flux.1-krea-dev"
+OPENAI_NAMES = ("dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2")
+MAX_SEED = 2**63 - 1
+MAX_PROMPT = 32_000
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of the table.
+
+    `default` is for reading: a word or two for what applies when the parameter is not given. `offered` names the
+    only values this version can honour; any other valid value answers `not_available`.
+    """
+
+    name: str
+    kind: Kind
+    default: str
+    handling: str
+    description: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    routes: tuple[Route, ...] = ALL_ROUTES
+    offered: tuple[Any, ...] | None = None
+
+
+PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("prompt", "string", "required", "passthrough",
+              "What to draw. Longer than the text encoder reads: cut, with the header `x-flux-prompt-truncated`.",
+              high=MAX_PROMPT),
+    Parameter("model", "string", "the loaded one", "passthrough",
+              "The loaded model, by its own name, its folder's name or an OpenAI model's name."),
+    Parameter("seed", "integer", "random", "passthrough",
+              "Image i of n has seed + i. 0 is a seed. Always reported back.", 0, MAX_SEED),
+    Parameter("size", "string", "none", "converted", "`WxH` in pixels, `W:H`, or `auto`."),
+    Parameter("aspect_ratio", "string", "1:1", "converted", "`W:H`; the nearest of the size table is taken."),
+    Parameter("resolution", "number or string", "1K", "converted",
+              "A tier (`0.5K`, `1K`, `4K`) or megapixels (`0.25`, `1`); the nearest the model has is taken."),
+    Parameter("megapixels", "number or string", "none", "renamed", "`resolution` in megapixels.",
+              choices=("0.25", "1")),
+    Parameter("image", "file", "required", "converted", "The picture to start from: PNG, JPEG or WebP.",
+              routes=WITH_IMAGE),
+    Parameter("mask", "file", "none", "converted", "PNG with alpha, the image's size; alpha under 128 is repainted.",
+              routes=("edits",)),
+    Parameter("strength", "number", "0.8", "passthrough", "0 keeps the image, 1 draws from the prompt alone.", 0, 1,
+              routes=WITH_IMAGE),
+    Parameter("cfg_scale", "number", "the model's own", "renamed",
+              "Guidance: how closely to follow the prompt.", 0, 20, aliases=("guidance_scale", "guidance")),
+    Parameter("num_inference_steps", "integer", "the model's own", "passthrough", "Denoising steps.", 1, 100,
+              aliases=("steps",)),
+    Parameter("n", "integer", "1", "emulated", "Pictures, each with its own seed.", 1, 10),
+    Parameter("negative_prompt", "string", "none", "passthrough",
+              "What to keep away from; acts with `true_cfg_scale` above 1.", high=MAX_PROMPT),
+    Parameter("true_cfg_scale", "number", "1", "passthrough",
+              "Real classifier-free guidance, two passes a step.", 1, 20),
+    Parameter("go_fast", "boolean", "the server's setting", "converted", "fp8 weights and matmuls.", offered=(False,)),
+    Parameter("acceleration", "string", "none", "converted", "Step caching.",
+              choices=("none", "regular", "high"), offered=("none",)),
+    Parameter("enable_safety_checker", "boolean", "the server's policy", "converted",
+              "Leave flagged pictures out.", offered=(False,)),
+    Parameter("disable_safety_checker", "boolean", "the server's policy", "converted",
+              "The opposite of `enable_safety_checker`.", offered=(True, False)),
+    Parameter("loras", "list", "none", "converted", "Adapters of the server's own folder: `[{path, scale}]`.",
+              aliases=("lora_weights",), offered=([],)),
+    Parameter("response_format", "string", "url", "emulated", "A URL on this server, or the file in the answer.",
+              choices=("url", "b64_json")),
+    Parameter("output_format", "string", "png", "converted", "The file's format; `jpg` means jpeg.",
+              choices=("png", "jpeg", "gif", "webp", "avif", "jpg")),
+    Parameter("output_compression", "integer", "90", "renamed",
+              "Quality of jpeg, webp and avif; wins over `output_quality`.", 0, 100),
+    Parameter("output_quality", "integer", "90", "passthrough", "Quality of jpeg, webp and avif.", 0, 100),
+    Parameter("sync_mode", "boolean", "false", "emulated", "The `url` is a data URI; nothing is stored."),
+    Parameter("stream", "boolean", "false", "emulated", "Server-sent events."),
+    Parameter("partial_images", "integer", "0", "emulated", "Pictures sent while denoising, with `stream`.", 0, 3),
+    Parameter("user", "string", "none", "passthrough", "Kept with the request.", high=1000),
+    Parameter("style", "string", "none", "accepted", "Changes nothing.", choices=("vivid", "natural")),
+    Parameter("quality", "string", "auto", "accepted", "Changes nothing.",
+              choices=("auto", "low", "medium", "high", "standard", "hd")),
+    Parameter("background", "string", "auto", "accepted", "Pictures are opaque.",
+              choices=("auto", "opaque", "transparent")),
+    Parameter("moderation", "string", "auto", "accepted", "Changes nothing.", choices=("auto", "low")),
+    Parameter("input_fidelity", "string", "low", "accepted", "Changes nothing.", choices=("low", "high")),
+)  # fmt: skip
+
+BY_NAME: dict[str, Parameter] = {
+    name: parameter for parameter in PARAMETERS for name in (parameter.name, *parameter.aliases)
+}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the request side has to know of the loaded model."""
+
+    name: str
+    canvas: CanvasRange
+    default_steps: int
+    default_guidance: float
+
+    def answers_to(self, name: str) -> bool:
+        return name.lower() in (PUBLIC_NAME, self.name.lower(), *OPENAI_NAMES)
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """A checked request: every value in range, every default filled in. To be trusted from here on."""
+
+    prompt: str
+    seeds: tuple[int, ...]
+    delivered: Size
+    canvas: Size
+    steps: int
+    guidance: float
+    negative_prompt: str | None
+    true_cfg_scale: float
+    strength: float | None
+    """Of an edit; None where there is no image."""
+    response_format: Literal["url", "b64_json"]
+    output_format: Literal["png", "jpeg", "gif", "webp", "avif"]
+    output_quality: int
+    sync_mode: bool
+    quality: str
+    user: str | None
+    stream: bool
+    partial_images: int
+    ignored: tuple[str, ...]
+
+    @property
+    def steps_run(self) -> int:
+        """ceil(steps · strength), free of the last digits of binary fractions."""
+        strength = 1.0 if self.strength is None else self.strength
+        return min(self.steps, math.ceil(round(self.steps * strength, 9)))
+
+
+def generation_params(
+    raw: Mapping[str, Any],
+    model: ModelInfo,
+    *,
+    route: Route = "generations",
+    image: Size | None = None,
+    response_format: Literal["url", "b64_json"] = "url",
+    max_pixels: int = 2048 * 2048,
+    random_seed: Callable[[], int] = lambda: secrets.randbelow(2**32),
+) -> GenerationParams:
+    """Checks a request's values against the table and fills in what was not given.
+
+    Args:
+        raw: names and values as JSON gives them. None means not given.
+        image: the size of the input, on the routes that take one.
+        response_format: the server's default.
+
+    Raises:
+        InvalidValue, MissingParameter, NotAvailable, ModelNotFound: with the parameter's name in `param`.
+    """
+    given, ignored = canonical(raw, route)
+    if route == "variations":
+        given = {"prompt": "", "strength": 0.6, **given}
+    if "prompt" not in given:
+        raise MissingParameter("'prompt' is required. An empty string is allowed.", param="prompt")
+    if "model" in given and not model.answers_to(given["model"]):
+        raise ModelNotFound(
+            f"This server has one model, '{PUBLIC_NAME}' ('{model.name}'). Use that name or leave 'model' out.",
+            param="model",
+        )
+    true_cfg_scale = float(given.get("true_cfg_scale", 1))
+    if "negative_prompt" in given and true_cfg_scale == 1:
+        ignored.append("negative_prompt")
+    delivered = size_of(given, image, max_pixels)
+    first = given["seed"] if "seed" in given else random_seed()
+    output_format = given.get("output_format", "png")
+    return GenerationParams(
+        prompt=given["prompt"],
+        seeds=tuple((first + i) % 2**63 for i in range(given.get("n", 1))),
+        delivered=delivered,
+        canvas=sizes.canvas_for(delivered, model.canvas),
+        steps=given.get("num_inference_steps", model.default_steps),
+        guidance=float(given.get("cfg_scale", model.default_guidance)),
+        negative_prompt=given.get("negative_prompt") if true_cfg_scale > 1 else None,
+        true_cfg_scale=true_cfg_scale,
+        strength=None if image is None else float(given.get("strength", 0.8)),
+        response_format=given.get("response_format", response_format),
+        output_format="jpeg" if output_format == "jpg" else output_format,
+        output_quality=given.get("output_compression", given.get("output_quality", 90)),
+        sync_mode=given.get("sync_mode", False),
+        quality={"low": "low", "medium": "medium", "standard": "medium"}.get(given.get("quality", ""), "high"),
+        user=given.get("user"),
+        stream=given.get("stream", False),
+        partial_images=given.get("partial_images", 0),
+        ignored=tuple(sorted(ignored)),
+    )
+
+
+def size_of(given: Mapping[str, Any], image: Size | None, max_pixels: int) -> Size:
+    """The delivered size; an edit that asks for none gets its input's."""
+    resolution = resolution_of(given)
+    size = given.get("size")
+    asked = sizes.delivered_size(size, given.get("aspect_ratio"), resolution, max_pixels)
+    if image is not None and size in (None, "auto") and "aspect_ratio" not in given and resolution is None:
+        return sizes.clamp(image, max_pixels)
+    return asked
+
+
+def from_form(fields: Mapping[str, str]) -> dict[str, Any]:
+    """Multipart's strings as the values they mean: "true", "1", "0.7". What means nothing stays a string.
+
+    An empty string is a prompt that is empty, and any other parameter that was not given.
+    """
+    found: dict[str, Any] = {}
+    for name, text in fields.items():
+        kind = BY_NAME[name].kind if name in BY_NAME else "string"
+        if text == "" and name not in ("prompt", "negative_prompt"):
+            continue
+        found[name] = form_value(kind, text.strip() if kind != "string" else text)
+    return found
+
+
+def form_value(kind: Kind, text: str) -> Any:
+    match kind:
+        case "integer" if re.fullmatch(r"-?[0-9]{1,20}", text):
+            return int(text)
+        case "number" if re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE]-?[0-9]{1,2})?", text):
+            return float(text)
+        case "boolean" if text.lower() in ("true", "1", "yes", "on"):
+            return True
+        case "boolean" if text.lower() in ("false", "0", "no", "off"):
+            return False
+        case "list":
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(text)
+    return text
+
+
+def resolution_of(given: Mapping[str, Any]) -> str | float | None:
+    """`resolution` or its megapixel form; both only if they agree."""
+    if "megapixels" not in given:
+        return given.get("resolution")
+    megapixels = float(given["megapixels"])
+    if "resolution" in given and sizes.parse_resolution(given["resolution"]) != megapixels:
+        raise InvalidValue("'megapixels' and 'resolution' differ; send one of them.", param="megapixels")
+    return megapixels
+
+
+def canonical(raw: Mapping[str, Any], route: Route) -> tuple[dict[str, Any], list[str]]:
+    """Checked values under their canonical names, and the names that change nothing.
+
+    Raises:
+        InvalidValue: a value of the wrong type or outside its range, or two names of one parameter that differ.
+        NotAvailable: a valid value that this version does not offer.
+    """
+    given: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    ignored: list[str] = []
+    for name, value in raw.items():
+        if value is None:
+            continue
+        parameter = BY_NAME.get(name)
+        if parameter is None or route not in parameter.routes:
+            ignored.append(name)
+            continue
+        checked = check(parameter, name, value)
+        if parameter.name in given and given[parameter.name] != checked:
+            other = sources[parameter.name]
+            raise InvalidValue(f"'{other}' and '{name}' are one parameter with two values; send one.", param=name)
+        given[parameter.name], sources[parameter.name] = checked, name
+    return given, ignored
+
+
+def check(parameter: Parameter, name: str, value: Any) -> Any:
+    """The value, if it is of the parameter's type, inside its range and offered."""
+    value = typed(parameter, name, value)
+    if parameter.choices and str(value) not in parameter.choices:
+        allowed = ", ".join(parameter.choices)
+        raise InvalidValue(f"'{name}' must be one of: {allowed}.", param=name)
+    if parameter.kind == "string":
+        if parameter.high is not None and len(value) > parameter.high:
+            raise InvalidValue(f"'{name}' may have at most {int(parameter.high):,} characters.", param=name)
+    elif parameter.low is not None and parameter.high is not None and not parameter.low <= value <= parameter.high:
+        raise InvalidValue(f"'{name}' must be between {parameter.low} and {parameter.high}.", param=name)
+    if parameter.offered is not None and value not in parameter.offered:
+        raise NotAvailable(f"This server does not offer that value of '{name}'. Leave '{name}' out.", param=name)
+    return value
+
+
+def typed(parameter: Parameter, name: str, value: Any) -> Any:
+    """The value if JSON gave it in the parameter's type; a boolean is no number, a string is no number."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    match parameter.kind:
+        case "string" if isinstance(value, str):
+            return value
+        case "integer" if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        case "number" if is_number:
+            return value
+        case "boolean" if isinstance(value, bool):
+            return value
+        case "number or string" if is_number or isinstance(value, str):
+            return value
+        case "list" if isinstance(value, list):
+            return value
+    article = "an" if parameter.kind[0] in "aeiou" else "a"
+    raise InvalidValue(f"'{name}' must be {article} {parameter.kind}.", param=name)

@@ -1,0 +1,136 @@
+"""A server's life: lock, bind, load, serve, drain. The order is the point: nothing is loaded that cannot be served."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from flux_local import weights
+from flux_local.api.app import create_app
+from flux_local.api.requests import Requests
+from flux_local.api.work import Services
+from flux_local.config import Settings, is_loopback
+from flux_local.decoder import SafeDecoder
+from flux_local.dispatch import Dispatcher
+from flux_local.errors import AlreadyTaken, SettingsError
+from flux_local.history import History
+from flux_local.messages import Ready
+from flux_local.store import Store
+
+DRAIN_SECONDS = 60
+SWEEP_SECONDS = 600
+STEP_OF_SIGNAL = 0.05
+
+
+async def serve(settings: Settings, announce: Callable[[str, str, Ready], None]) -> None:
+    """Serves until a signal, then drains.
+
+    Args:
+        announce: called with address, model and engine once requests are answered.
+
+    Raises:
+        AlreadyTaken, SettingsError, WeightsError, StartError: what prevents the start.
+        EngineDead: the engine cannot be brought back.
+    """
+    folder = weights.find(settings.model)
+    model = weights.info(folder)
+    store = Store(Path(settings.data_dir).expanduser(), settings.url_lifetime)
+    listener = bind(settings.host, settings.port)
+    dispatcher = Dispatcher(folder, settings.device, settings.max_waiting)
+    history = History(Path(settings.data_dir).expanduser(), settings.url_lifetime)
+    decoder = SafeDecoder()
+    services = Services(settings, model, dispatcher, store, history, decoder, int(time.time()))
+    requests = Requests(services)
+    app = create_app(services, requests)
+    server = Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=DRAIN_SECONDS,
+                                   http="h11", server_header=False, access_log=False))  # fmt: skip
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    serving = asyncio.create_task(server.serve([listener]))
+    sweeping = asyncio.create_task(sweep(store, history))
+    try:
+        starting = asyncio.create_task(dispatcher.start())
+        stop = asyncio.create_task(stopping.wait())
+        await first_of(starting, stop, serving)
+        if starting.done():
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            announce(f"http://{shown}:{port}", model.name, starting.result())
+            await requests.resume()
+            await first_of(stop, serving, dispatcher.dead)
+        starting.cancel()
+        dispatcher.draining = True
+        await drain(requests)
+        if dispatcher.dead.done():
+            raise dispatcher.dead.result()
+    finally:
+        sweeping.cancel()
+        server.should_exit = True
+        await requests.stop()
+        with contextlib.suppress(Exception):
+            await dispatcher.stop()
+        await decoder.close()
+        await asyncio.gather(serving, return_exceptions=True)
+        listener.close()
+        history.close()
+        store.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: ours drain first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+async def first_of(*futures: asyncio.Future[Any]) -> None:
+    """Returns when one of them is done."""
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def drain(requests: Requests) -> None:
+    """Waits for the requests whose clients wait, at most `DRAIN_SECONDS`; new ones are answered 503 meanwhile.
+
+    What was accepted with 202 is left for the next process.
+    """
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while requests.awaited() and time.monotonic() < deadline and not requests.services.dispatcher.dead.done():
+        await asyncio.sleep(STEP_OF_SIGNAL)
+
+
+async def sweep(store: Store, history: History) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        await asyncio.to_thread(store.sweep)
+        await history.sweep()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before anything is loaded.
+
+    Raises:
+        AlreadyTaken: the port is in use. SettingsError: no such address here.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except PermissionError as error:
+        raise SettingsError(f"May not listen on port {port}; choose one above 1023 with --port.") from error
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or (not is_loopback(host) and error.errno == 99):
+            raise SettingsError(f"This machine has no address {host}.") from error
+        raise AlreadyTaken(f"Port {port} is in use. Stop what uses it, or choose another with --port.") from error
+    return listener

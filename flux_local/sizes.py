@@ -1,0 +1,194 @@
+"""From `size`, `aspect_ratio`, `resolution` to the picture delivered and the canvas it is denoised on.
+
+Plain arithmetic on integers; knows neither requests nor models beyond a canvas range in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flux_local.errors import InvalidValue
+
+GRID = 16
+"""Pixels that one token covers along a side: the autoencoder's 8, times packing's 2."""
+
+MAX_SIDE = 14142
+CANVAS_RATIO = 4.0
+"""Width to height, or height to width, that a canvas may have at most."""
+
+
+class Size(NamedTuple):
+    """Pixels."""
+
+    width: int
+    height: int
+
+    @property
+    def area(self) -> int:
+        return self.width * self.height
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+RATIOS: dict[str, Size] = {
+    "1:1": Size(1024, 1024),
+    "4:3": Size(1183, 887),
+    "3:4": Size(887, 1182),
+    "5:4": Size(1145, 916),
+    "4:5": Size(916, 1145),
+    "3:2": Size(1254, 836),
+    "2:3": Size(836, 1254),
+    "16:9": Size(1365, 768),
+    "9:16": Size(768, 1365),
+    "21:9": Size(1563, 670),
+    "9:21": Size(670, 1564),
+}
+"""The delivered sizes of the 1K tier."""
+
+TIERS: dict[str, float] = {"0.5K": 0.25, "1K": 1.0}
+"""Tier → its share of the 1K tier's area."""
+
+
+@dataclass(frozen=True)
+class CanvasRange:
+    """The areas, in pixels, that a model was trained to compose."""
+
+    min_area: int
+    max_area: int
+
+
+def parse_size(text: str) -> Size | str | None:
+    """`WxH` → Size; `W:H` → the ratio as given; `auto` → None.
+
+    Raises:
+        InvalidValue: not one of these forms, or a side outside 1 … 14142.
+    """
+    if text.lower() == "auto":
+        return None
+    if match := re.fullmatch(r"([0-9]{1,9})[xX]([0-9]{1,9})", text):
+        size = Size(int(match[1]), int(match[2]))
+        if not (1 <= size.width <= MAX_SIDE and 1 <= size.height <= MAX_SIDE):
+            raise InvalidValue(f"Each side of 'size' must be between 1 and {MAX_SIDE} pixels.", param="size")
+        return size
+    if re.fullmatch(r"[0-9.]{1,9}:[0-9.]{1,9}", text):
+        parse_ratio(text, param="size")
+        return text
+    raise InvalidValue(
+        "'size' must be like '1024x1024' (pixels), '16:9' (a ratio) or 'auto'.", param="size"
+    )  # fmt: skip
+
+
+def parse_ratio(text: str, param: str = "aspect_ratio") -> float:
+    """`W:H` → W/H.
+
+    Raises:
+        InvalidValue: not two positive numbers with a colon between.
+    """
+    match = re.fullmatch(r"(\d{1,5}(?:\.\d{1,5})?):(\d{1,5}(?:\.\d{1,5})?)", text, re.ASCII)
+    if not match or not (float(match[1]) > 0 and float(match[2]) > 0):
+        raise InvalidValue(f"'{param}' must be like '16:9': two positive numbers with a colon between.", param=param)
+    return float(match[1]) / float(match[2])
+
+
+def parse_resolution(value: str | float) -> float:
+    """`1K`, `0.5K`, `4K` …, or a number of megapixels → area as a share of the 1K tier's.
+
+    Raises:
+        InvalidValue: neither, or not positive.
+    """
+    text = str(value)
+    if match := re.fullmatch(r"(\d{1,5}(?:\.\d{1,5})?)([kK]?)", text, re.ASCII):
+        number = float(match[1])
+        if number > 0:
+            return number**2 if match[2] else number
+    raise InvalidValue(
+        "'resolution' must be a tier like '0.5K', '1K' or '4K', or a number of megapixels like 0.25 or 1.",
+        param="resolution",
+    )
+
+
+def nearest_ratio(ratio: float) -> str:
+    """The table's entry nearest to W/H by its logarithm."""
+    return min(RATIOS, key=lambda name: abs(math.log(ratio / parse_ratio(name))))
+
+
+def nearest_tier(area: float) -> str:
+    """The tier nearest by the logarithm of the area; ties go upwards."""
+    return min(TIERS, key=lambda name: (abs(math.log(area / TIERS[name])), -TIERS[name]))
+
+
+def table_size(ratio: str, tier: str) -> Size:
+    """The delivered size of a ratio at a tier; half sides are rounded up."""
+    full = RATIOS[ratio]
+    scale = math.sqrt(TIERS[tier])
+    if scale == 1:
+        return full
+    return Size(math.ceil(full.width * scale), math.ceil(full.height * scale))
+
+
+def clamp(size: Size, max_pixels: int) -> Size:
+    """The size itself if it fits into `max_pixels`, else the largest with the same ratio that does."""
+    if size.area <= max_pixels:
+        return size
+    scale = math.sqrt(max_pixels / size.area)
+    if size.width <= size.height:
+        width = max(1, math.floor(size.width * scale))
+        return Size(width, min(max(1, round(size.height * scale)), max_pixels // width))
+    height = max(1, math.floor(size.height * scale))
+    return Size(min(max(1, round(size.width * scale)), max_pixels // height), height)
+
+
+def delivered_size(
+    size: str | None = None,
+    aspect_ratio: str | None = None,
+    resolution: str | float | None = None,
+    max_pixels: int = 2048 * 2048,
+) -> Size:
+    """The pixels of the answer. `size` as `WxH` wins, then ratio and tier; what is not given is 1:1 at 1K.
+
+    Raises:
+        InvalidValue: a malformed value, named in `param`.
+    """
+    asked = parse_size(size) if size is not None else None
+    ratio = parse_ratio(aspect_ratio) if aspect_ratio is not None else 1.0
+    area = parse_resolution(resolution) if resolution is not None else 1.0
+    if isinstance(asked, Size):
+        return clamp(asked, max_pixels)
+    if isinstance(asked, str):
+        ratio = parse_ratio(asked, param="size")
+    return clamp(table_size(nearest_ratio(ratio), nearest_tier(area)), max_pixels)
+
+
+def canvas_for(delivered: Size, model: CanvasRange) -> Size:
+    """The canvas, a multiple of 16 a side, that a delivered size is denoised on.
+
+    It is the delivered size rounded up, if that lies in the model's range (or up to 5% over) and between 1:4 and
+    4:1; else the nearest canvas inside range and ratio.
+    """
+    rounded = Size(*(-(-side // GRID) * GRID for side in delivered))
+    in_range = model.min_area <= rounded.area <= model.max_area * 1.05
+    if in_range and max(rounded) <= CANVAS_RATIO * min(rounded):
+        return rounded
+    ratio = min(max(delivered.width / delivered.height, 1 / CANVAS_RATIO), CANVAS_RATIO)
+    area = min(max(delivered.area, model.min_area), model.max_area)
+    return nearest_canvas(ratio, area, model)
+
+
+def nearest_canvas(ratio: float, area: float, model: CanvasRange) -> Size:
+    """The canvas inside the model's range nearest to a ratio and an area, ratio first."""
+    height = math.sqrt(area / ratio)
+    candidates = []
+    for rows in range(max(1, int(height / GRID) - 2), int(height / GRID) + 4):
+        for columns in {max(1, round(rows * ratio) + d) for d in (-1, 0, 1)}:
+            size = Size(columns * GRID, rows * GRID)
+            if model.min_area <= size.area <= model.max_area and max(size) <= CANVAS_RATIO * min(size):
+                off_ratio = abs(math.log(size.width / size.height / ratio))
+                off_area = abs(math.log(size.area / area))
+                candidates.append((off_ratio + 0.5 * off_area, size))
+    if not candidates:
+        raise ValueError(f"no canvas of ratio {ratio:.2f} within {model}")
+    return min(candidates)[1]

@@ -1,0 +1,56 @@
+"""Where a model is, and what stands beside its weights. Never the network, never torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flux_local.errors import WeightsError
+from flux_local.params import ModelInfo
+from flux_local.sizes import CanvasRange
+
+INFO = "flux-local.json"
+KREA = ModelInfo("FLUX.1-Krea-dev", CanvasRange(100_000, 4_200_000), 28, 4.5)
+"""What applies to a FLUX.1 folder without a file of its own."""
+
+
+def find(model: str) -> Path:
+    """The folder of a model given by path or by name.
+
+    A name is looked for under `weights/` here, beside the package's checkout, and inside the installed package.
+
+    Raises:
+        WeightsError: nothing there.
+    """
+    package = Path(__file__).resolve().parent
+    places = [
+        Path(model).expanduser(),
+        Path("weights") / model,
+        package.parent / "weights" / model,
+        package / "weights" / model,
+    ]
+    for place in places:
+        if (place / "model_index.json").is_file():
+            return place.resolve()
+    raise WeightsError(
+        f"No model at '{model}'. Give the path of a diffusers folder (one with a model_index.json), "
+        "or 'flux-krea-mini' for the embedded model."
+    )
+
+
+def info(folder: Path) -> ModelInfo:
+    """The model's canvas range and defaults.
+
+    Raises:
+        WeightsError: the file is there but damaged.
+    """
+    path = folder / INFO
+    if not path.is_file():
+        return ModelInfo(folder.name, KREA.canvas, KREA.default_steps, KREA.default_guidance)
+    try:
+        found = json.loads(path.read_text())
+        canvas = CanvasRange(int(found["canvas"]["min_area"]), int(found["canvas"]["max_area"]))
+        defaults = found["defaults"]
+        return ModelInfo(folder.name, canvas, int(defaults["num_inference_steps"]), float(defaults["guidance_scale"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path} is damaged. Copy or download the model again.") from error

@@ -1,0 +1,127 @@
+"""The text side of the embedded model: tokenizers trained on its own sentences, and two thin encoders.
+
+The classes are those of FLUX.1 (CLIP with byte-level BPE, T5 with a Unigram vocabulary), so that nothing that loads
+the real model needs to know the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from .drawings import COLOURS, SHAPES, describe, random_scene
+
+T5_LENGTH = 32
+CLIP_LENGTH = 77
+SENTENCES = 20_000
+# Words that the drawings do not use yet, so that a sentence with them still reads as words and not as letters.
+OTHER_WORDS = re.findall(
+    r"\S+",
+    """
+    crimson scarlet azure navy golden pink brown grey gray cyan teal violet magenta big tiny huge little medium
+    backdrop next beside under over top bottom corner centre center middle left right upper lower and with the in at to
+    photo painting cat dog house tree sun moon sky sea mountain flower face person car city night day red-hot
+    stripes striped gradient plain ring cross pentagon hexagon rectangle oval crescent arrow moon
+    circles squares triangles stars diamonds hearts two three one some bright dark light pale deep
+    """,
+)
+
+
+def sentences(seed: int) -> Iterator[str]:
+    rng = random.Random(f"{seed} sentences")
+    for _ in range(SENTENCES):
+        yield describe(random_scene(rng, 128, 128), rng).text
+        yield " ".join(rng.sample(OTHER_WORDS + list(COLOURS) + list(SHAPES), 6))
+
+
+def clip_tokenizer(seed: int) -> CLIPTokenizer:
+    """Byte-level BPE: any text has tokens, known words have one."""
+    blank = CLIPTokenizer()
+    trained = Tokenizer(models.BPE(unk_token="<|endoftext|>", continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    trained.normalizer = blank.backend_tokenizer.normalizer
+    trained.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(
+        sentences(seed),
+        trainers.BpeTrainer(
+            vocab_size=1280, initial_alphabet=alphabet, end_of_word_suffix="</w>", min_frequency=8, show_progress=False
+        ),
+    )
+    found = trained.get_vocab()
+    # A byte at the end of a word is a token of its own; the trainer adds only those that it met.
+    tokens = sorted(found, key=found.__getitem__)
+    tokens += [byte + "</w>" for byte in sorted(alphabet) if byte + "</w>" not in found]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    merges = json.loads(trained.to_str())["model"]["merges"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[tuple(pair) for pair in merges],
+        model_max_length=CLIP_LENGTH,
+    )
+
+
+def t5_tokenizer(seed: int) -> T5TokenizerFast:
+    """Unigram over whole words, scored by the logarithm of their share, and characters to spell the rest.
+
+    The usual pruning of sub-word pieces is left out: on so small a language it takes common words apart.
+    What no piece can spell becomes `<unk>`.
+    """
+    words = Counter(word for line in sentences(seed) for word in re.findall(r"[A-Za-z]+", line))
+    for word in list(words):
+        words.setdefault(word.capitalize(), 1)
+    total = sum(words.values())
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocabulary += [("▁" + word, math.log(count / total)) for word, count in sorted(words.items())]
+    letter = math.log(1 / total) - 1.0
+    taken = {piece for piece, _ in vocabulary}
+    spelling = ["▁", *string.ascii_letters, *string.digits, *string.punctuation, "s", "es", "er", "ing", "ed", "ly"]
+    vocabulary += [(piece, letter) for piece in dict.fromkeys(spelling) if piece not in taken]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=T5_LENGTH)
+
+
+def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Pooled prompt: [batch, 64]."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=CLIP_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            initializer_factor=1.0,
+        )
+    )
+
+
+def t5_encoder(tokenizer: T5TokenizerFast) -> T5EncoderModel:
+    """Prompt embedding: [batch, 32, 96]."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=96,
+            d_kv=24,
+            d_ff=256,
+            num_layers=3,
+            num_heads=4,
+            relative_attention_num_buckets=32,
+            relative_attention_max_distance=64,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            tie_word_embeddings=False,
+        )
+    )

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Trains the embedded model from drawings that it makes itself, and measures it.
+
+    scripts/train_mini.py                     train (or go on training) and write weights/flux-krea-mini
+    scripts/train_mini.py --evaluate          measure the model in weights/flux-krea-mini
+    scripts/train_mini.py --scale 0.01        all stages in a minute, to try the script out
+
+A run goes on from the checkpoints in --work; the same seed gives the same data in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+CANVAS = {"min_area": 128 * 128, "max_area": 192 * 192}
+DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 4.5}
+VAE_STEPS = 3000
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=ROOT / "weights" / "flux-krea-mini", help="the model folder")
+    p.add_argument("--work", type=Path, default=ROOT / ".train", help="checkpoints and the log (default .train)")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--scale", type=float, default=1.0, help="share of the recipe's steps (default 1)")
+    p.add_argument("--eager", action="store_true", help="without torch.compile: slower, but starts at once")
+    p.add_argument("--export", action="store_true", help="write the folder from the latest checkpoint and stop")
+    p.add_argument("--evaluate", action="store_true", help="measure the folder and stop")
+    p.add_argument("--count", type=int, default=300, help="prompts to evaluate with (default 300)")
+    p.add_argument("--sides", type=int, nargs="+", default=[128, 192], help="square canvases to evaluate at")
+    p.add_argument("--steps", type=int, default=DEFAULTS["num_inference_steps"], help="denoising steps to evaluate at")
+    return p
+
+
+def train(options: argparse.Namespace) -> None:
+    """Both stages, then the folder. With --export, the averaged weights as they stand."""
+    import torch
+    from mini import flow, vae
+    from mini.run import Run
+
+    run = Run(options.work, options.seed, torch.device(options.device))
+    autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)))
+    painter = flow.latest(run) if options.export else flow.train(run, autoencoder, options.scale, not options.eager)
+    export(options.out, autoencoder, painter)
+    print(f"wrote {options.out}")
+
+
+def export(out: Path, autoencoder: Any, painter: Any) -> None:
+    """The diffusers folder in fp16, and the small file with what the server should know of the model."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )  # fmt: skip
+    pipeline = FluxPipeline(
+        scheduler=scheduler,
+        vae=autoencoder.to(memory_format=torch.contiguous_format),
+        text_encoder=painter.text_encoder,
+        tokenizer=painter.tokenizer,
+        text_encoder_2=painter.text_encoder_2,
+        tokenizer_2=painter.tokenizer_2,
+        transformer=painter.transformer,
+    )
+    pipeline.to("cpu", torch.float16).save_pretrained(out)
+    (out / "flux-local.json").write_text(json.dumps({"canvas": CANVAS, "defaults": DEFAULTS}, indent=2) + "\n")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Prints the accuracy at each canvas; writes it, a sheet of samples and the model card beside the weights."""
+    import torch
+    from mini import card, vae
+    from mini.evaluate import evaluate as measure
+    from mini.evaluate import sheet
+    from rich.progress import Progress
+
+    from flux_local.model.loader import load
+
+    pipeline = load(options.out, options.device)
+    results = {}
+    for side in options.sides:
+        name = f"{side}x{side}"
+        with Progress() as bar:
+            task = bar.add_task(name, total=options.count + options.count // 3)
+            results[name] = measure(
+                pipeline, side, side, options.steps, options.count, partial(bar.advance, task, advance=1)
+            )
+        print(f"{name}, {options.steps} steps: {results[name]}", flush=True)
+    record = {"prompts": options.count, "pair_prompts": options.count // 3, "steps": options.steps, **results}
+    (options.out / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    sheet(pipeline, options.out / "samples.png", options.steps)
+    parts = {
+        "transformer": pipeline.denoiser.transformer,
+        "autoencoder": pipeline.vae.vae,
+        "T5": pipeline.text.text_encoder_2,
+        "CLIP": pipeline.text.text_encoder,
+    }
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    quality = {side: vae.psnr(pipeline.vae.vae, torch.device(options.device), side) for side in options.sides}
+    card.write(options.out, options.work / "log.jsonl", counts, quality, pipeline.text.max_length)
+
+
+def main() -> None:
+    options = parser().parse_args()
+    if options.evaluate:
+        evaluate(options)
+    else:
+        train(options)
+
+
+if __name__ == "__main__":
+    main()

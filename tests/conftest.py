@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from flux_local import weights
+from flux_local.params import ModelInfo
+from tests.servers import MODEL, Server, running
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests that leave it as they found it."""
+    with running(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> Any:
+    """The embedded model, loaded as the engine loads it."""
+    from flux_local.model.loader import load
+
+    return load(MODEL)
+
+
+@pytest.fixture(scope="session")
+def mini() -> ModelInfo:
+    return weights.info(MODEL)

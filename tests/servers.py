@@ -1,0 +1,105 @@
+"""Starts real server processes for tests, on free ports, with data directories of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "weights" / "flux-krea-mini"
+START_LIMIT = 60.0
+
+
+@dataclass
+class Server:
+    """A server that is ready, or a process that has ended."""
+
+    process: subprocess.Popen[str]
+    log: Path
+    url: str = ""
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def client(self, key: str = "none", **options: object) -> openai.OpenAI:
+        """The official client, without its own retries, so that a failure shows."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)  # type: ignore[arg-type]
+
+    def post(self, body: object, path: str = "/v1/images/generations", **options: object) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, **{"timeout": 60, **options})  # type: ignore[arg-type]
+
+    def engine(self) -> psutil.Process:
+        """The engine process."""
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if "flux_local.engine" in child.cmdline())
+
+    def wait_ready(self, limit: float = START_LIMIT) -> None:
+        eventually(lambda: httpx.get(self.url + "/ready").status_code == 200, limit)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The process's own, without settings that somebody may have exported."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLUX_LOCAL_")}
+    return {**kept, "PYTHONUNBUFFERED": "1", **extra}
+
+
+@contextlib.contextmanager
+def started(folder: Path, *flags: str, command: list[str] | None = None, **env: str) -> Iterator[Server]:
+    """`flux-local serve` with these flags; yields at once, and ends the process afterwards."""
+    log = folder / "server.log"
+    command = command or [sys.executable, "-m", "flux_local"]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, "serve", "--port", "0", "--data-dir", str(folder / "data"), *flags],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=folder,
+            env=environment(**({"PYTHONPATH": str(ROOT)} if command[0] == sys.executable else {}), **env),
+        )
+    try:
+        yield Server(process, log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def running(folder: Path, *flags: str, **options: object) -> Iterator[Server]:
+    """As `started`, but ready."""
+    with started(folder, *flags, **options) as server:  # type: ignore[arg-type]
+
+        def address() -> bool:
+            assert server.process.poll() is None, server.output
+            return "address" in server.output
+
+        eventually(address, START_LIMIT)
+        found = re.search(r"address\s+(http://\S+)/v1", server.output)
+        assert found, server.output
+        server.url = found[1]
+        yield server
+
+
+def eventually(condition: object, limit: float = 30.0) -> None:
+    """Waits until the condition holds; fails the test when the limit has passed."""
+    deadline = time.monotonic() + limit
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)

@@ -1,0 +1,76 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import flux_local
+from tests.servers import ROOT, environment
+
+
+def flux(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flux_local", *arguments], capture_output=True, text=True, cwd=cwd,
+        env=environment(PYTHONPATH=str(ROOT)), timeout=120,
+    )  # fmt: skip
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert flux("--help").returncode == 0
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.5
+    code = "import sys; from flux_local.cli import parser; parser(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"torch", "diffusers", "transformers", "fastapi", "uvicorn", "PIL"} & set(loaded.stdout.split())
+
+
+def test_version() -> None:
+    assert flux("version").stdout == f"flux-local {flux_local.__version__}\n"
+
+
+def test_generate_writes_the_file_and_prints_seed_and_time(tmp_path: Path) -> None:
+    done = flux("generate", "a red circle", "-o", "a.png", "--seed", "7", "--n", "2", "--size", "160x128",
+                "--steps", "2", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "seed 7" in done.stdout
+    assert "seed 8" in done.stdout
+    assert " s\n" in done.stdout
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (160, 128)
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "a-1.png").read_bytes()
+
+
+def test_generate_draws_what_the_server_draws(tmp_path: Path, server: object) -> None:
+    import base64
+
+    from tests.servers import Server
+
+    assert isinstance(server, Server)
+    body = {"prompt": "a blue star", "seed": 11, "steps": 3, "size": "128x128", "response_format": "b64_json"}
+    served = base64.b64decode(server.post(body).json()["data"][0]["b64_json"])
+    done = flux("generate", "a blue star", "-o", "b.png", "--seed", "11", "--steps", "3", "--size", "128x128",
+                cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "b.png").read_bytes() == served
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(("generate", "x", "--steps", "1000"), 2), (("generate", "x", "-o", "a.bmp"), 2),
+     (("generate", "x", "--model", "nowhere"), 4), (("generate", "x", "--device", "cuda:7"), 1),
+     (("generate",), 2), (("fly",), 2), (("serve", "--wings", "2"), 2)],
+)  # fmt: skip
+def test_mistakes_have_a_sentence_and_a_code(arguments: tuple[str, ...], code: int, tmp_path: Path) -> None:
+    done = flux(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert done.stderr.strip()
+    assert "Traceback" not in done.stderr

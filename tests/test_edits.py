@@ -1,0 +1,300 @@
+"""Edits and variations: image to image, inpainting, and every form of upload that clients send."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import warnings
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from mini.drawings import COLOURS, Scene, Thing, draw
+from mini.judge import look
+from PIL import Image
+
+from flux_local.params import ModelInfo, generation_params
+from flux_local.sizes import Size
+from tests.servers import Server
+
+SIDE = 192
+SCENE = Scene("yellow", (Thing("blue", "circle", "large", (0.5, 0.5), 0.33),))
+EDITS = "/v1/images/edits"
+
+
+def saved(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+def opened(data: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+@pytest.fixture(scope="module")
+def drawing() -> Image.Image:
+    return draw(SCENE, SIDE, SIDE)
+
+
+@pytest.fixture(scope="module")
+def mask() -> Image.Image:
+    """Transparent, so to be repainted, in the left half."""
+    picture = Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 255))
+    picture.paste((0, 0, 0, 0), (0, 0, SIDE // 2, SIDE))
+    return picture
+
+
+def edited(server: Server, image: bytes, files: dict[str, bytes] | None = None, **fields: Any) -> httpx.Response:
+    sent = {"image": ("image.png", image), **{name: (name, data) for name, data in (files or {}).items()}}
+    data = {"prompt": "x", "steps": "4", "response_format": "b64_json", "seed": "1", **fields}
+    return httpx.post(server.url + EDITS, files=sent, data=data, timeout=60)
+
+
+def picture_of(answer: httpx.Response) -> Image.Image:
+    assert answer.status_code == 200, answer.text
+    return opened(answer.json()["data"][0]["b64_json"])
+
+
+def distance(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a.convert("RGB"), float) - np.asarray(b.convert("RGB"), float)).mean())
+
+
+def test_the_openai_client_edits(server: Server, drawing: Image.Image) -> None:
+    with server.client() as client:
+        answer = client.images.edit(
+            image=("in.png", saved(drawing), "image/png"), prompt="a large red star on a white background",
+            response_format="b64_json", extra_body={"seed": 2, "strength": 1},
+        )  # fmt: skip
+        assert answer.data
+        assert answer.data[0].b64_json
+        picture = opened(answer.data[0].b64_json)
+    assert picture.size == (SIDE, SIDE)
+    background, things = look(picture)
+    assert (background, things[0].colour) == ("white", "red")
+
+
+def test_strength_is_how_far_it_goes(server: Server, drawing: Image.Image) -> None:
+    away = [
+        distance(drawing, picture_of(edited(server, saved(drawing), prompt="a small red heart on a black background",
+                                            strength=str(strength), steps="10")))
+        for strength in (0, 0.3, 0.7, 1)
+    ]  # fmt: skip
+    assert away[0] == 0
+    assert away == sorted(away)
+    assert away[1] < 25 < away[3]
+
+
+def test_strength_1_without_a_mask_is_plain_generation(server: Server, drawing: Image.Image) -> None:
+    body = {"prompt": "a red heart", "steps": 4, "seed": 1, "size": "192x192", "response_format": "b64_json"}
+    plain = server.post(body).json()["data"][0]["b64_json"]
+    answer = edited(server, saved(drawing), prompt="a red heart", strength="1")
+    assert answer.json()["data"][0]["b64_json"] == plain
+
+
+def test_strength_0_is_the_input_and_takes_no_step(server: Server, drawing: Image.Image) -> None:
+    answer = edited(server, saved(drawing), strength="0")
+    assert distance(picture_of(answer), drawing) == 0
+    assert answer.json()["timings"]["denoise_s"] == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "run"), [(10, 0.7, 7), (28, 0.25, 7), (28, 0.8, 23), (10, 0.01, 1), (3, 0.999, 3), (5, 0, 0)]
+)
+def test_steps_run(steps: int, strength: float, run: int, mini: ModelInfo) -> None:
+    raw = {"prompt": "", "steps": steps, "strength": strength}
+    assert generation_params(raw, mini, route="edits", image=Size(64, 64)).steps_run == run
+    assert run in (math.ceil(steps * strength), math.ceil(steps * strength) - 1)
+
+
+@pytest.mark.parametrize("size", ["192x192", "160x144", "300x200"])
+def test_a_mask_keeps_pixels_exactly(server: Server, drawing: Image.Image, mask: Image.Image, size: str) -> None:
+    width, height = map(int, size.split("x"))
+    source = draw(SCENE, width, height)
+    cut = mask.resize((width, height), Image.Resampling.NEAREST)
+    picture = picture_of(edited(server, saved(source), {"mask": saved(cut)}, strength="1"))
+    kept = np.asarray(cut)[..., 3] >= 128
+    assert kept.any()
+    assert (np.asarray(picture)[kept] == np.asarray(source)[kept]).all()
+    assert (np.asarray(picture)[~kept] != np.asarray(source)[~kept]).any()
+
+
+def test_what_is_masked_is_repainted_to_fit(server: Server, drawing: Image.Image) -> None:
+    """The circle is masked away with room around it: the rest of the page must stay the page's colour."""
+    hole = Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 255))
+    hole.paste((0, 0, 0, 0), (16, 16, SIDE - 16, SIDE - 16))
+    prompt = "a large red star on a yellow background"
+    picture = picture_of(edited(server, saved(drawing), {"mask": saved(hole)}, prompt=prompt, strength="1", steps="12"))
+    background, things = look(picture)
+    assert background == "yellow"
+    assert things[0].colour == "red"
+
+
+def rotated() -> bytes:
+    """A JPEG that is to be shown turned by 90 degrees."""
+    picture = Image.new("RGB", (120, 60), COLOURS["red"])
+    picture.paste(COLOURS["blue"], (0, 0, 60, 60))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(picture, "JPEG", exif=exif, quality=95)
+
+
+def test_exif_rotation_is_honoured(server: Server) -> None:
+    picture = picture_of(edited(server, rotated(), strength="0"))
+    assert picture.size == (60, 120)
+    assert look(picture.crop((0, 0, 60, 50)))[0] == "blue"
+    assert look(picture.crop((0, 70, 60, 120)))[0] == "red"
+
+
+def test_transparency_becomes_white(server: Server) -> None:
+    picture = picture_of(edited(server, saved(Image.new("RGBA", (64, 64), (255, 0, 0, 0))), strength="0"))
+    assert picture.convert("RGB").getpixel((9, 9)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16", "LA", "1"])
+def test_every_kind_of_picture(server: Server, kind: str, mode: str) -> None:
+    grey = Image.new("L", (48, 40), 128)
+    picture = Image.new("I;16", (48, 40), 128 * 257) if mode == "I;16" else grey.convert(mode)
+    only = {"I;16": "PNG", "CMYK": "JPEG"}.get(mode)
+    try:
+        data = saved(picture, only or kind)
+    except OSError:
+        data = saved(picture)  # that format has no such mode
+    got = picture_of(edited(server, data, strength="0")).convert("RGB").getpixel((20, 20))
+    assert isinstance(got, tuple)
+    expected = 255 if mode == "1" else 128
+    assert all(abs(channel - expected) < 8 or mode == "1" for channel in got), got
+
+
+def test_sizes_of_edits(server: Server, drawing: Image.Image) -> None:
+    wide = draw(SCENE, 250, 130)
+    assert picture_of(edited(server, saved(wide))).size == (250, 130)
+    assert picture_of(edited(server, saved(wide), size="auto")).size == (250, 130)
+    assert picture_of(edited(server, saved(wide), size="128x144", strength="0")).size == (128, 144)
+    assert picture_of(edited(server, saved(wide), aspect_ratio="9:16", resolution="0.5K", strength="0")).size == (
+        384, 683,
+    )  # fmt: skip
+
+
+class TestForms:
+    """One image, however it is sent."""
+
+    def check(self, answer: httpx.Response) -> None:
+        assert picture_of(answer).size == (SIDE, SIDE)
+
+    @pytest.mark.parametrize("name", ["image", "image[]"])
+    def test_multipart_names(self, server: Server, drawing: Image.Image, name: str) -> None:
+        data = {"prompt": "x", "n": "1", "steps": "1", "response_format": "b64_json", "go_fast": "false"}
+        self.check(httpx.post(server.url + EDITS, files={name: ("a.png", saved(drawing))}, data=data))
+
+    def test_the_clients_list_of_one(self, server: Server, drawing: Image.Image) -> None:
+        with server.client() as client:
+            answer = client.images.edit(image=[saved(drawing)], prompt="x", extra_body={"steps": 1}, size="auto")
+        assert answer.size == "192x192"
+
+    @pytest.mark.parametrize("shape", ["string", "list", "images", "nested"])
+    def test_json(self, server: Server, drawing: Image.Image, shape: str) -> None:
+        url = "data:image/png;base64," + base64.b64encode(saved(drawing)).decode()
+        body: dict[str, Any] = {"prompt": "x", "steps": 1, "response_format": "b64_json"}
+        body |= {
+            "string": {"image": url},
+            "list": {"image": [url]},
+            "images": {"images": [{"image_url": url}]},
+            "nested": {"images": [{"type": "image_url", "image_url": {"url": url}}]},
+        }[shape]
+        self.check(server.post(body, EDITS))
+
+    def test_json_mask(self, server: Server, drawing: Image.Image, mask: Image.Image) -> None:
+        def url(picture: Image.Image) -> str:
+            return "data:image/png;base64," + base64.b64encode(saved(picture)).decode()
+
+        body = {"prompt": "x", "steps": 1, "response_format": "b64_json", "image": url(drawing)}
+        self.check(server.post({**body, "mask": url(mask)}, EDITS))
+        self.check(server.post({**body, "mask": {"image_url": url(mask)}}, EDITS))
+
+
+def test_variations(server: Server, drawing: Image.Image) -> None:
+    with server.client() as client, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        answer = client.images.create_variation(
+            image=("in.png", saved(drawing)), n=2, response_format="b64_json", extra_body={"steps": 4}
+        )
+    assert answer.data
+    assert len(answer.data) == 2
+    assert answer.data[0].b64_json != answer.data[1].b64_json
+
+
+class TestRefusals:
+    def check(self, answer: httpx.Response, code: str, param: str | None, status: int = 400) -> None:
+        assert answer.status_code == status, answer.text
+        assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == (code, param)
+        assert len(answer.content) < 1000
+        assert "0x" not in answer.text
+
+    def test_pictures_that_are_none(self, server: Server, drawing: Image.Image) -> None:
+        png = saved(drawing)
+        bad = [b"", b"x", b"hello world" * 100, b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4",
+               b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", png[: len(png) // 2], png[:40],
+               saved(drawing, "TIFF"), saved(drawing, "BMP"), saved(drawing.convert("P"), "GIF")]  # fmt: skip
+        for data in bad:
+            self.check(edited(server, data), "invalid_image", "image")
+
+    def test_a_picture_that_unpacks_to_too_much(self, server: Server) -> None:
+        bomb = saved(Image.new("1", (14142, 14142)), compress_level=9)
+        assert len(bomb) < 1_000_000
+        self.check(edited(server, bomb), "invalid_image", "image")
+
+    def test_masks(self, server: Server, drawing: Image.Image, mask: Image.Image) -> None:
+        self.check(edited(server, saved(drawing), {"mask": saved(drawing)}), "invalid_image", "mask")
+        small = mask.resize((64, 64))
+        self.check(edited(server, saved(drawing), {"mask": saved(small)}), "invalid_image", "mask")
+
+    def test_one_image_exactly(self, server: Server, drawing: Image.Image) -> None:
+        two = [("image[]", ("a.png", saved(drawing))), ("image[]", ("b.png", saved(drawing)))]
+        answer = httpx.post(server.url + EDITS, files=two, data={"prompt": "x"})
+        self.check(answer, "invalid_value", "image")
+        assert "one image" in answer.json()["error"]["message"]
+        with server.client() as client, pytest.raises(openai.BadRequestError):
+            client.images.edit(image=[saved(drawing), saved(drawing)], prompt="x")
+        none = httpx.post(server.url + EDITS, files={"other": b"x"}, data={"prompt": "x"})
+        self.check(none, "missing_required_parameter", "image")
+
+    @pytest.mark.parametrize(
+        "url", ["http://127.0.0.1:1/x.png", "https://example.org/x.png", "file:///etc/passwd", "data:image/png,abc",
+                "data:image/png;base64,!!!", "x", ""],
+    )  # fmt: skip
+    def test_no_url_is_fetched(self, server: Server, url: str) -> None:
+        for body in ({"image": url}, {"images": [{"image_url": url}]}):
+            self.check(server.post({"prompt": "x", **body}, EDITS), "invalid_value", "image")
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("strength", "2"), ("strength", "much"), ("n", "1.5"), ("n", "0"), ("go_fast", "perhaps"),
+                            ("steps", "1e9"), ("size", "x"), ("seed", "-1")],
+    )  # fmt: skip
+    def test_values(self, server: Server, drawing: Image.Image, name: str, value: str) -> None:
+        data = {"prompt": "x", name: value}
+        answer = httpx.post(server.url + EDITS, files={"image": saved(drawing)}, data=data)
+        self.check(answer, "invalid_value", name)
+
+    def test_a_form_cut_short_and_a_form_without_end(self, server: Server) -> None:
+        head = {"content-type": "multipart/form-data; boundary=B"}
+        for body in (b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx', b"junk", b""):
+            answer = httpx.post(server.url + EDITS, content=body, headers=head)
+            assert answer.status_code == 400, answer.text
+        many = b"".join(b'--B\r\nContent-Disposition: form-data; name="f%d"\r\n\r\nx\r\n' % i for i in range(500))
+        answer = httpx.post(server.url + EDITS, content=many + b"--B--\r\n", headers=head)
+        assert answer.status_code == 400
+
+    def test_too_large(self, server: Server) -> None:
+        answer = httpx.post(server.url + EDITS, files={"image": b"\x00" * 51_000_000}, data={"prompt": "x"}, timeout=60)
+        self.check(answer, "request_too_large", "image", 413)
+        try:
+            answer = httpx.post(server.url + EDITS, files={"image": b"\x00" * 66_000_000}, data={"prompt": "x"})
+            assert answer.status_code == 413
+        except httpx.WriteError:
+            pass  # the server has answered and closed while the client was still sending
+        assert httpx.get(server.url + "/health").status_code == 200

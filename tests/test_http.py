@@ -1,0 +1,256 @@
+"""The main job through the front door: a real server, the official client, and pictures that show what was asked."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import io
+import json
+import re
+import time
+
+import httpx
+import openai
+import pytest
+from mini.judge import look
+from PIL import Image
+
+from tests.servers import ROOT, Server
+
+PROMPT = "a large red star on a blue background"
+GENERATIONS = "/v1/images/generations"
+
+
+def opened(data: str | bytes | None) -> Image.Image:
+    assert data is not None
+    return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
+
+
+def test_the_openai_client_gets_a_picture_of_what_the_prompt_says(server: Server) -> None:
+    with server.client() as client:
+        answer = client.images.generate(
+            model="flux.1-krea-dev", prompt=PROMPT, size="192x192", response_format="b64_json",
+            extra_body={"seed": 1},
+        )  # fmt: skip
+    assert answer.data
+    picture = opened(answer.data[0].b64_json)
+    assert picture.format == "PNG"
+    assert picture.size == (192, 192)
+    background, things = look(picture)
+    assert background == "blue"
+    assert things[0].colour == "red"
+    assert answer.size == "192x192"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+    assert abs(answer.created - time.time()) < 60
+    assert answer.data[0].revised_prompt == PROMPT
+
+
+def test_the_default_answer_is_a_url_that_serves_the_file(server: Server) -> None:
+    with server.client() as client:
+        answer = client.images.generate(model="dall-e-3", prompt=PROMPT, extra_body={"steps": 2})
+    assert answer.data
+    url = answer.data[0].url
+    assert url is not None
+    assert url.startswith(server.url + "/v1/images/files/")
+    assert answer.data[0].b64_json is None
+    file = httpx.get(url)
+    assert file.headers["content-type"] == "image/png"
+    assert file.headers["x-content-type-options"] == "nosniff"
+    assert opened(file.content).size == (1024, 1024)
+    assert httpx.get(url.replace("/v1/images/files/", "/v1/images/files/x")).status_code == 404
+
+
+def test_the_readmes_curl_line_works(server: Server) -> None:
+    readme = (ROOT / "README.md").read_text()
+    line = re.search(r"curl -s (\S+)/v1/images/generations .*?-d '(\{.*?\})'", readme, re.DOTALL)
+    assert line, "the README has lost its curl line"
+    answer = server.post(json.loads(line[2]))
+    assert answer.status_code == 200
+    assert answer.json()["data"][0]["url"].startswith(server.url)
+
+
+@pytest.mark.parametrize("base", ["/v1", "/openai/v1", ""])
+def test_every_base_url_in_use_works(server: Server, base: str) -> None:
+    client = openai.OpenAI(base_url=server.url + base, api_key="x", max_retries=0)
+    with client:
+        assert [m.id for m in client.models.list()] == ["flux.1-krea-dev", "flux-krea-mini"]
+        assert client.models.retrieve("gpt-image-1").object == "model"
+        answer = client.images.generate(prompt="", size="128x128", extra_body={"steps": 1})
+    assert answer.data
+    assert answer.data[0].url
+
+
+def test_n_pictures_have_seeds_that_count_up_and_are_those_of_single_requests(server: Server) -> None:
+    body = {"prompt": PROMPT, "size": "128x128", "steps": 3, "response_format": "b64_json"}
+    together = server.post({**body, "n": 3, "seed": 40})
+    assert together.headers["x-flux-seed"] == "40,41,42"
+    for offset, item in enumerate(together.json()["data"]):
+        assert item["seed"] == 40 + offset
+        alone = server.post({**body, "seed": 40 + offset}).json()["data"][0]
+        assert alone["b64_json"] == item["b64_json"]
+
+
+def test_the_same_request_gives_the_same_bytes_in_company_too(server: Server) -> None:
+    body = {"prompt": PROMPT, "size": "160x128", "steps": 4, "seed": 9, "response_format": "b64_json"}
+    alone = server.post(body).json()["data"][0]["b64_json"]
+    others = [{"prompt": f"a small heart {i}", "size": size, "steps": 3 + i, "cfg_scale": 2 + i}
+              for i, size in enumerate(["128x128", "160x128", "192x192", "160x128"])]  # fmt: skip
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        company = [pool.submit(server.post, other) for other in others]
+        mine = [pool.submit(server.post, body) for _ in range(2)]
+        assert {m.result().json()["data"][0]["b64_json"] for m in mine} == {alone}
+        assert all(c.result().status_code == 200 for c in company)
+
+
+def test_seeds_are_random_unless_given_and_zero_is_a_seed(server: Server) -> None:
+    body = {"prompt": "x", "size": "128x128", "steps": 1}
+    seeds = {server.post(body).json()["data"][0]["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+    assert server.post({**body, "seed": 0}).json()["data"][0]["seed"] == 0
+    assert server.post({**body, "seed": 2**63 - 1}).json()["data"][0]["seed"] == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [({"size": "333x201"}, (333, 201)), ({"size": "16:9"}, (1365, 768)), ({"size": "auto"}, (1024, 1024)),
+     ({"aspect_ratio": "9:21", "resolution": "0.5K"}, (335, 782)), ({"megapixels": "0.25"}, (512, 512)),
+     ({"size": "1x1"}, (1, 1)), ({"size": "4096x4096"}, (2048, 2048)), ({"size": "150x130"}, (150, 130))],
+)  # fmt: skip
+def test_exactly_the_pixels_asked_for(server: Server, asked: dict[str, str], size: tuple[int, int]) -> None:
+    answer = server.post({"prompt": "x", "steps": 1, "response_format": "b64_json", **asked}).json()
+    assert opened(answer["data"][0]["b64_json"]).size == size
+    assert answer["size"] == f"{size[0]}x{size[1]}"
+
+
+@pytest.mark.parametrize("name", ["png", "jpeg", "jpg", "webp", "gif", "avif"])
+def test_output_formats(server: Server, name: str) -> None:
+    answer = server.post({"prompt": PROMPT, "size": "128x128", "steps": 1, "output_format": name}).json()
+    real = {"jpg": "jpeg"}.get(name, name)
+    assert answer["output_format"] == real
+    file = httpx.get(answer["data"][0]["url"])
+    assert file.headers["content-type"] == f"image/{real}"
+    assert opened(file.content).format == real.upper()
+
+
+def test_a_png_carries_prompt_and_parameters_and_no_id(server: Server) -> None:
+    body = {"prompt": PROMPT, "size": "128x128", "steps": 2, "seed": 3, "response_format": "b64_json"}
+    first, second = (server.post(body).json() for _ in range(2))
+    text = opened(first["data"][0]["b64_json"]).info["parameters"]
+    assert text.startswith(PROMPT + "\nSteps: 2,")
+    assert "Seed: 3," in text
+    assert first["id"] != second["id"]
+    assert first["data"] == second["data"]
+
+
+def test_sync_mode_answers_a_data_uri(server: Server) -> None:
+    answer = server.post({"prompt": "x", "size": "128x128", "steps": 1, "sync_mode": True}).json()
+    kind, _, data = answer["data"][0]["url"].partition(",")
+    assert kind == "data:image/png;base64"
+    assert opened(data).size == (128, 128)
+
+
+def test_what_is_unknown_is_ignored_and_listed(server: Server) -> None:
+    answer = server.post({"prompt": "x", "size": "128x128", "steps": 1, "wibble": 1, "strength": 0.3})
+    assert answer.status_code == 200
+    assert answer.headers["x-flux-ignored-params"] == "strength,wibble"
+    assert answer.headers["x-flux-precision"] == "fp32"
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_says_so(server: Server) -> None:
+    prompt = "a large red star on a blue background and " * 20
+    answer = server.post({"prompt": prompt, "size": "128x128", "steps": 1})
+    assert answer.headers["x-flux-prompt-truncated"] == "true"
+    read = answer.json()["data"][0]["revised_prompt"]
+    assert prompt.startswith(read)
+    assert len(read) < len(prompt)
+    assert "x-flux-prompt-truncated" not in server.post({"prompt": PROMPT, "size": "128x128", "steps": 1}).headers
+
+
+def test_answers_have_no_nulls_and_whole_timings(server: Server) -> None:
+    answer = server.post({"prompt": "x", "size": "128x128", "steps": 2}).json()
+    assert "null" not in json.dumps(answer)
+    stages = answer["timings"]
+    assert set(stages) == {"queue_s", "encode_s", "denoise_s", "decode_s", "total_s"}
+    assert all(isinstance(seconds, float) and 0 <= seconds < 30 for seconds in stages.values())
+    assert stages["total_s"] >= stages["denoise_s"] > 0
+
+
+class TestErrors:
+    """Bad input of any kind: the contract's form, under a kilobyte, no echo."""
+
+    CANARY = "canary-5b1c"
+
+    @pytest.mark.parametrize(
+        ("body", "status", "code", "param"),
+        [
+            ({}, 400, "missing_required_parameter", "prompt"),
+            ({"prompt": 1}, 400, "invalid_value", "prompt"),
+            ({"prompt": "x", "n": 11}, 400, "invalid_value", "n"),
+            ({"prompt": "x", "n": "canary-5b1c"}, 400, "invalid_value", "n"),
+            ({"prompt": "x", "size": "canary-5b1c"}, 400, "invalid_value", "size"),
+            ({"prompt": "x", "model": "canary-5b1c"}, 404, "model_not_found", "model"),
+            ({"prompt": "x", "go_fast": True}, 400, "not_available", "go_fast"),
+            ({"prompt": "x", "steps": 3, "num_inference_steps": 4}, 400, "invalid_value", "num_inference_steps"),
+        ],
+    )
+    def test_refused_requests(self, server: Server, body: object, status: int, code: str, param: str) -> None:
+        answer = server.post(body)
+        self.check(answer, status, code)
+        assert answer.json()["error"]["param"] == param
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"", b"{", b"null", b"[]", b'"x"', b"NaN",
+            b'{"prompt": "x", "cfg_scale": NaN}', b'{"prompt": "x", "cfg_scale": Infinity}',
+            b'{"prompt": "x", "cfg_scale": -Infinity}', b'{"prompt": "x", "cfg_scale": 1e400}',
+            b'{"prompt": "\\ud800"}', b'{"\\ud800": "x", "prompt": "x"}', b'{"prompt": "x", "prompt": "y"}',
+            b'{"prompt": "x", "seed": ' + b"9" * 4000 + b"}", b"[" * 100_000, b'{"a":' * 100_000,
+            '{"prompt": "x"}'.encode("utf-16"), b'{"prompt": "\xff"}', b"\x00" * 100,
+        ],
+    )  # fmt: skip
+    def test_bodies_that_are_no_json(self, server: Server, body: bytes) -> None:
+        answer = httpx.post(server.url + GENERATIONS, content=body, headers={"content-type": "application/json"})
+        self.check(answer, 400, "invalid_json")
+
+    def test_other_refusals(self, server: Server) -> None:
+        self.check(httpx.get(server.url + "/v1/nothing"), 404, "not_found")
+        self.check(httpx.get(server.url + GENERATIONS), 405, "method_not_allowed")
+        self.check(httpx.post(server.url + GENERATIONS, data={"prompt": "x"}), 415, "unsupported_media_type")
+        self.check(server.post({"prompt": "x" * 1_100_000}), 413, "request_too_large")
+        self.check(httpx.get(server.url + "/v1/models/nothing"), 404, "model_not_found")
+        for name in ("..%2f..%2fetc%2fpasswd", "%00", "x" * 5000, "a" * 32 + ".png", "." + "a" * 31 + ".png"):
+            self.check(httpx.get(f"{server.url}/v1/images/files/{name}"), 404, "not_found")
+
+    def test_the_client_raises_its_own_errors(self, server: Server) -> None:
+        with server.client() as client:
+            with pytest.raises(openai.BadRequestError) as bad:
+                client.images.generate(prompt="x", n=99)
+            assert (bad.value.param, bad.value.code) == ("n", "invalid_value")
+            with pytest.raises(openai.NotFoundError) as missing:
+                client.images.generate(prompt="x", model="sdxl")
+            assert missing.value.code == "model_not_found"
+
+    def check(self, answer: httpx.Response, status: int, code: str) -> None:
+        assert answer.status_code == status, answer.text
+        assert answer.json()["error"]["code"] == code
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert len(answer.content) < 1000
+        assert self.CANARY not in answer.text
+        assert re.fullmatch(r"req_[0-9a-f]{24}", answer.headers["x-request-id"])
+
+
+def test_live_and_ready(server: Server) -> None:
+    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+    ready = httpx.get(server.url + "/ready").json()
+    assert (ready["model"], ready["device"], ready["precision"]) == ("flux-krea-mini", "cpu", "fp32")
+
+
+def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
+    """A 100-step picture whose client has gone must not hold up the next one."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + GENERATIONS, json={"prompt": "x", "n": 10, "steps": 100}, timeout=0.5)
+    began = time.monotonic()
+    assert server.post({"prompt": "x", "size": "128x128", "steps": 1}).status_code == 200
+    assert time.monotonic() - began < 5

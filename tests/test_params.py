@@ -1,0 +1,149 @@
+"""Section 3 of the contract: parameters, without a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flux_local.errors import FluxError, InvalidValue, MissingParameter, ModelNotFound, NotAvailable
+from flux_local.params import OPENAI_NAMES, PARAMETERS, GenerationParams, ModelInfo, from_form, generation_params
+from flux_local.sizes import CanvasRange
+
+MODEL = ModelInfo("some-folder", CanvasRange(128**2, 192**2), 12, 4.5)
+
+
+def parse(**raw: Any) -> GenerationParams:
+    return generation_params({"prompt": "a", **raw}, MODEL)
+
+
+def test_defaults() -> None:
+    found = parse()
+    assert (found.steps, found.guidance, found.delivered, found.canvas) == (12, 4.5, (1024, 1024), (192, 192))
+    assert (found.response_format, found.output_format, found.output_quality) == ("url", "png", 90)
+    assert len(found.seeds) == 1
+    assert 0 <= found.seeds[0] < 2**32
+
+
+def test_random_seeds_differ() -> None:
+    assert len({parse().seeds for _ in range(20)}) == 20
+
+
+def test_seeds_count_up_and_wrap() -> None:
+    assert parse(seed=0, n=3).seeds == (0, 1, 2)
+    assert parse(seed=2**63 - 1, n=2).seeds == (2**63 - 1, 0)
+
+
+def test_null_means_not_given() -> None:
+    given = {p.name: None for p in PARAMETERS if p.name != "prompt"}
+    assert parse(**given).steps == 12
+
+
+@pytest.mark.parametrize("name", ["flux.1-krea-dev", "FLUX.1-Krea-Dev", "some-folder", "Some-Folder", *OPENAI_NAMES])
+def test_names_of_the_loaded_model(name: str) -> None:
+    assert parse(model=name).steps == 12
+
+
+def test_another_model_is_not_found() -> None:
+    with pytest.raises(ModelNotFound):
+        parse(model="sdxl")
+
+
+def test_prompt_may_be_empty_but_not_missing() -> None:
+    assert parse(prompt="").prompt == ""
+    with pytest.raises(MissingParameter):
+        generation_params({}, MODEL)
+    with pytest.raises(MissingParameter):
+        generation_params({"prompt": None}, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", 1), ("prompt", "x" * 32_001), ("prompt", ["a"]),
+        ("n", 0), ("n", 11), ("n", True), ("n", "2"), ("n", 1.5), ("n", 10**30),
+        ("seed", -1), ("seed", 2**63), ("seed", "1"), ("seed", 0.5), ("seed", False),
+        ("steps", 0), ("num_inference_steps", 101), ("num_inference_steps", float("nan")),
+        ("cfg_scale", -0.1), ("guidance", 20.1), ("guidance_scale", float("inf")), ("cfg_scale", True),
+        ("cfg_scale", "4"), ("size", 1024), ("size", "huge"), ("aspect_ratio", "x"), ("resolution", True),
+        ("megapixels", "2"), ("megapixels", 2), ("response_format", "file"), ("output_format", "bmp"),
+        ("output_quality", 101), ("output_compression", -1), ("sync_mode", "true"), ("quality", "best"),
+        ("stream", 1), ("partial_images", 4), ("acceleration", "max"), ("go_fast", "yes"), ("moderation", "off"),
+        ("loras", {}), ("model", 3), ("background", "blue"),
+    ],
+)  # fmt: skip
+def test_bad_values_name_the_parameter(name: str, value: Any) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        parse(**{name: value})
+    assert caught.value.param == name
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("go_fast", True), ("acceleration", "high"), ("loras", [{"path": "x", "scale": 1}]),
+     ("enable_safety_checker", True)],
+)  # fmt: skip
+def test_what_this_version_does_not_offer_says_so(name: str, value: Any) -> None:
+    with pytest.raises(NotAvailable) as caught:
+        parse(**{name: value})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("name", ["cfg_scale", "guidance_scale", "guidance"])
+def test_guidance_by_each_name(name: str) -> None:
+    assert parse(**{name: 3}).guidance == 3.0
+
+
+def test_two_names_with_one_value_agree_and_with_two_do_not() -> None:
+    assert parse(steps=5, num_inference_steps=5).steps == 5
+    with pytest.raises(InvalidValue, match=r"'num_inference_steps'.*'steps'|'steps'.*'num_inference_steps'"):
+        parse(num_inference_steps=5, steps=6)
+
+
+def test_megapixels_is_resolution() -> None:
+    assert parse(megapixels="0.25").delivered == (512, 512)
+    assert parse(megapixels=0.25, resolution="0.5K").delivered == (512, 512)
+    with pytest.raises(InvalidValue):
+        parse(megapixels=1, resolution="0.5K")
+
+
+def test_compression_wins_over_quality() -> None:
+    assert parse(output_quality=10).output_quality == 10
+    assert parse(output_quality=10, output_compression=20).output_quality == 20
+
+
+def test_unknown_names_are_listed_and_change_nothing() -> None:
+    found = parse(seed=3, banana=[1], strength=0.5, negative_prompt="fog")
+    assert found.ignored == ("banana", "negative_prompt", "strength")
+
+
+def test_real_guidance_needs_both() -> None:
+    assert parse(negative_prompt="fog").negative_prompt is None
+    found = parse(negative_prompt="fog", true_cfg_scale=3)
+    assert (found.negative_prompt, found.true_cfg_scale, found.ignored) == ("fog", 3.0, ())
+
+
+def test_forms_mean_what_json_says() -> None:
+    fields = {"prompt": "", "n": "2", "strength": "0.7", "go_fast": "false", "stream": "TRUE", "seed": "",
+              "size": "1x1", "loras": "[]", "cfg_scale": "3", "other": "x", "steps": "many"}  # fmt: skip
+    assert from_form(fields) == {
+        "prompt": "", "n": 2, "strength": 0.7, "go_fast": False, "stream": True, "size": "1x1", "loras": [],
+        "cfg_scale": 3.0, "other": "x", "steps": "many",
+    }  # fmt: skip
+
+
+def test_every_row_of_the_table_describes_itself() -> None:
+    names = [name for p in PARAMETERS for name in (p.name, *p.aliases)]
+    assert len(names) == len(set(names))
+    for parameter in PARAMETERS:
+        assert parameter.description.endswith(".")
+        assert parameter.default
+
+
+def test_errors_of_the_request_never_hold_the_input() -> None:
+    canary = "canary-8d1f"
+    for name in ("size", "aspect_ratio", "resolution", "model", "response_format", "megapixels", "quality"):
+        with pytest.raises(FluxError) as caught:
+            parse(**{name: canary})
+        assert canary not in caught.value.message

@@ -1,0 +1,154 @@
+"""Asynchronous requests, the history, progress, cancelling, restarts."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.servers import Server, eventually, running
+
+ASYNC = {"prefer": "respond-async"}
+BODY: dict[str, Any] = {"prompt": "a small green heart on white", "size": "128x128", "steps": 3, "seed": 8}
+
+
+def status(url: str) -> str:
+    found: str = httpx.get(url).json()["status"]
+    return found
+
+
+def test_accepted_at_once_and_done_later(server: Server) -> None:
+    answer = server.post({**BODY, "n": 2}, headers=ASYNC)
+    assert answer.status_code == 202
+    location = answer.headers["location"]
+    assert location == f"{server.url}/v1/images/requests/{answer.json()['id']}"
+    assert answer.json()["status"] == "queued"
+    assert answer.json()["progress"]["steps"] == 6
+    assert answer.headers["x-flux-seed"] == "8,9"
+    eventually(lambda: status(location) == "succeeded")
+    entry = httpx.get(location).json()
+    assert entry["object"] == "image.request"
+    assert entry["params"]["seeds"] == [8, 9]
+    assert entry["params"]["prompt"] == BODY["prompt"]
+    assert entry["finished"] >= entry["created"]
+    assert "progress" not in entry
+    assert "error" not in entry
+    assert [item["seed"] for item in entry["response"]["data"]] == [8, 9]
+    assert httpx.get(entry["response"]["data"][0]["url"]).headers["content-type"] == "image/png"
+
+
+def test_the_same_picture_as_a_plain_request(server: Server) -> None:
+    plain = server.post({**BODY, "response_format": "b64_json"}).json()["data"]
+    location = server.post({**BODY, "response_format": "b64_json"}, headers=ASYNC).headers["location"]
+    eventually(lambda: status(location) == "succeeded")
+    assert httpx.get(location).json()["response"]["data"] == plain
+
+
+def test_edits_are_accepted_too(server: Server) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (96, 80), "red").save(out, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    answer = server.post({"prompt": "x", "image": url, "steps": 2}, "/v1/images/edits", headers=ASYNC)
+    assert answer.status_code == 202
+    eventually(lambda: status(answer.headers["location"]) == "succeeded")
+    assert httpx.get(answer.headers["location"]).json()["response"]["size"] == "96x80"
+
+
+def test_plain_requests_are_in_the_history_without_their_bytes(server: Server) -> None:
+    made = server.post({**BODY, "response_format": "b64_json", "user": "somebody"}).json()
+    entry = httpx.get(f"{server.url}/v1/images/requests/{made['id']}").json()
+    assert entry["status"] == "succeeded"
+    assert entry["params"]["user"] == "somebody"
+    assert entry["response"]["timings"] == made["timings"]
+    assert "b64_json" not in entry["response"]["data"][0]
+    listed = httpx.get(server.url + "/v1/images/requests").json()
+    assert listed["object"] == "list"
+    assert listed["data"][0] == entry
+
+
+def test_sync_mode_leaves_no_trace(server: Server) -> None:
+    made = server.post({**BODY, "sync_mode": True}).json()
+    assert httpx.get(f"{server.url}/v1/images/requests/{made['id']}").status_code == 404
+
+
+def test_progress_counts_steps(server: Server) -> None:
+    location = server.post({**BODY, "steps": 100, "size": "192x192"}, headers=ASYNC).headers["location"]
+    seen: list[dict[str, Any]] = []
+
+    def half_way() -> bool:
+        seen.append(httpx.get(location).json())
+        return seen[-1]["status"] == "running" and seen[-1]["progress"]["step"] >= 20
+
+    eventually(half_way)
+    steps = [entry["progress"]["step"] for entry in seen]
+    assert steps == sorted(steps)
+    assert seen[-1]["progress"]["steps"] == 100
+    assert 0 < seen[-1]["progress"]["seconds_left"] < 60
+    assert httpx.delete(location).json()["deleted"]
+
+
+def test_delete_cancels_what_runs_and_removes_what_is_stored(server: Server) -> None:
+    long = server.post({**BODY, "steps": 100, "n": 10, "size": "192x192"}, headers=ASYNC).headers["location"]
+    behind = server.post({**BODY, "steps": 100, "n": 10, "size": "192x192"}, headers=ASYNC)
+    assert behind.json()["progress"]["queue_position"] <= 10
+    for location in (long, behind.headers["location"]):
+        gone = httpx.delete(location).json()
+        assert gone["status"] == "cancelled"
+        assert httpx.get(location).status_code == 404
+        assert httpx.delete(location).status_code == 404
+    made = server.post(BODY).json()
+    url = made["data"][0]["url"]
+    assert httpx.get(url).status_code == 200
+    assert httpx.delete(f"{server.url}/v1/images/requests/{made['id']}").status_code == 200
+    assert httpx.get(url).status_code == 404
+
+
+@pytest.mark.parametrize(("name", "value"), [("stream", True), ("sync_mode", True)])
+def test_what_does_not_go_together(server: Server, name: str, value: bool) -> None:
+    answer = server.post({**BODY, name: value}, headers=ASYNC)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == name
+
+
+def test_unknown_ids(server: Server) -> None:
+    for id in ("req_" + "0" * 24, "x", "%00", "..", "a" * 3000):
+        assert httpx.get(f"{server.url}/v1/images/requests/{id}").status_code in (200, 404)
+        assert httpx.delete(f"{server.url}/v1/images/requests/{id}").status_code in (404, 405)
+
+
+def test_entries_belong_to_their_key(tmp_path: Path) -> None:
+    with running(tmp_path, FLUX_LOCAL_API_KEYS="one,two") as server:
+        one, two = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
+        id = server.post(BODY, headers=one).json()["id"]
+        url = f"{server.url}/v1/images/requests/{id}"
+        assert httpx.get(url, headers=one).status_code == 200
+        assert httpx.get(url, headers=two).status_code == 404
+        assert httpx.delete(url, headers=two).status_code == 404
+        assert httpx.get(server.url + "/v1/images/requests", headers=two).json()["data"] == []
+
+
+def test_accepted_work_outlives_a_kill(tmp_path: Path) -> None:
+    """Each accepted request ends in exactly one final state, and its picture is the one it would have been."""
+    with running(tmp_path) as server:
+        expected = server.post({**BODY, "response_format": "b64_json"}).json()["data"]
+        ids = [server.post({**BODY, "steps": 60, "size": "192x192"}, headers=ASYNC).json()["id"] for _ in range(3)]
+        ids.append(server.post({**BODY, "response_format": "b64_json"}, headers=ASYNC).json()["id"])
+        server.process.kill()
+        server.process.wait()
+    with running(tmp_path) as server:
+        for id in ids:
+            eventually(lambda id=id: status(f"{server.url}/v1/images/requests/{id}") == "succeeded", 60)
+        assert httpx.get(f"{server.url}/v1/images/requests/{ids[-1]}").json()["response"]["data"] == expected
+
+
+def test_a_damaged_history_does_not_stop_the_server(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "history.sqlite3").write_bytes(b"this is no database" * 500)
+    with running(tmp_path) as server:
+        assert server.post(BODY).status_code == 200
+    assert list((tmp_path / "data").glob("history.corrupt-*"))

@@ -1,0 +1,206 @@
+"""Start, stop, and what goes wrong in between: exit codes, keys, an engine that dies."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.servers import MODEL, Server, environment, eventually, running, started
+
+QUICK = {"prompt": "x", "size": "128x128", "steps": 2}
+
+
+def exit_of(folder: Path, *flags: str, **env: str) -> tuple[int, str]:
+    """Exit code and output of a server that cannot start."""
+    with started(folder, *flags, **env) as server:
+        return server.process.wait(60), server.output
+
+
+def test_bad_settings_exit_2(tmp_path: Path) -> None:
+    assert exit_of(tmp_path, "--max-pixels", "few")[0] == 2
+    assert exit_of(tmp_path, "--host", "0.0.0.0")[0] == 2
+    code, output = exit_of(tmp_path, FLUX_LOCAL_PROT="1")
+    assert code == 2
+    assert "prot" in output
+    assert "Traceback" not in output
+
+
+def test_missing_and_damaged_weights_exit_4(tmp_path: Path) -> None:
+    code, output = exit_of(tmp_path, "--model", "nothing-here")
+    assert code == 4
+    assert "nothing-here" in output
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text((MODEL / "model_index.json").read_text())
+    code, output = exit_of(tmp_path, "--model", str(broken))
+    assert code == 4
+    assert "scheduler" in output
+    assert "Traceback" not in output
+
+
+def test_a_second_server_leaves_the_first_alone(tmp_path: Path, server: Server) -> None:
+    port = server.url.rpartition(":")[2]
+    code, output = exit_of(tmp_path, "--port", port)
+    assert code == 3
+    assert "--port" in output
+    data = server.log.parent / "data"
+    began = time.monotonic()
+    code, output = exit_of(tmp_path, "--data-dir", str(data))
+    assert code == 3
+    assert "--data-dir" in output
+    assert time.monotonic() - began < 10
+    assert httpx.get(server.url + "/ready").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("locked"), FLUX_LOCAL_API_KEYS="key-one,key-two") as server:
+        yield server
+
+
+class TestKeys:
+    def test_every_route_but_the_probes_wants_a_key(self, locked: Server) -> None:
+        document = httpx.get(locked.url + "/openapi.json", headers={"authorization": "Bearer key-one"}).json()
+        paths = [*document["paths"], "/openapi.json", "/docs", "/nothing", "/"]
+        paths += [p.removeprefix("/v1") for p in document["paths"] if p.startswith("/v1")]
+        paths += ["/openai" + p for p in document["paths"] if p.startswith("/v1")]
+        assert len(paths) > 10
+        for path in paths:
+            if path in ("/health", "/ready"):
+                assert httpx.get(locked.url + path).status_code == 200
+                continue
+            for look_alike in (
+                path,
+                "/" + path,
+                path.upper(),
+                path + "/",
+                "/" + path[1:].replace("/", "%2f"),
+                path + "/health",
+            ):
+                for method in ("GET", "POST", "HEAD", "OPTIONS", "DELETE"):
+                    answer = httpx.request(method, locked.url + (look_alike or "/"))
+                    assert answer.status_code == 401, (method, look_alike)
+                    assert answer.headers["www-authenticate"] == "Bearer"
+
+    @pytest.mark.parametrize(
+        "header",
+        ["", "key-one", "Basic key-one", "Bearer", "Bearer wrong", "Bearer key-one,key-two", "Bearer KEY-ONE",
+         "Bearer \xe9\xff", "Bearer " + "x" * 50_000],
+    )  # fmt: skip
+    def test_wrong_keys(self, locked: Server, header: str) -> None:
+        answer = httpx.get(locked.url + "/v1/models", headers=[(b"authorization", header.encode("latin-1"))])
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+
+    def test_right_keys(self, locked: Server) -> None:
+        for key in ("key-one", "key-two"):
+            with locked.client(key) as client:
+                answer = client.images.generate(prompt="x", size="128x128", extra_body={"steps": 1})
+            assert answer.data
+            assert answer.data[0].url
+            assert httpx.get(answer.data[0].url).status_code == 200, "a file's URL carries its own id"
+        assert httpx.get(locked.url + "/v1/models", headers={"authorization": "bearer key-one"}).status_code == 200
+
+    def test_nothing_secret_in_the_log(self, locked: Server) -> None:
+        prompt = "canary-prompt-77"
+        answer = locked.post({**QUICK, "prompt": prompt}, headers={"authorization": "Bearer key-one"}).json()
+        name = answer["data"][0]["url"].rpartition("/")[2]
+        httpx.get(answer["data"][0]["url"])
+        locked.post({**QUICK, "prompt": prompt}, headers={"authorization": "Bearer canary-key-88"})
+        for secret in ("key-one", "canary-key-88", prompt, name.partition(".")[0]):
+            assert secret not in locked.output
+
+
+def test_browsers_of_named_origins_only(tmp_path: Path, server: Server) -> None:
+    ask = {"origin": "https://studio.example", "access-control-request-method": "POST",
+           "access-control-request-headers": "authorization, content-type"}  # fmt: skip
+    for headers in (ask, {**ask, "origin": "null"}):
+        answer = httpx.options(server.url + "/v1/images/generations", headers=headers)
+        assert "access-control-allow-origin" not in answer.headers
+    env = {"FLUX_LOCAL_API_KEYS": "k", "FLUX_LOCAL_CORS_ORIGINS": "https://studio.example,http://localhost:3000"}
+    with running(tmp_path, **env) as own:
+        answer = httpx.options(own.url + "/v1/images/generations", headers=ask)
+        assert answer.headers["access-control-allow-origin"] == "https://studio.example"
+        assert "access-control-allow-credentials" not in answer.headers
+        headers = {"origin": "https://evil.example", "authorization": "Bearer k"}
+        answer = httpx.get(own.url + "/v1/models", headers=headers)
+        assert answer.status_code == 200
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_killed_engine_costs_no_request(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        body = {"prompt": "a blue heart on white", "seed": 5, "steps": 20, "response_format": "b64_json"}
+        expected = server.post(body).json()["data"]
+        engine = server.engine()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            answers = [pool.submit(server.post, body) for _ in range(4)]
+            eventually(lambda: server.output.count("generations") >= 1 and engine.cpu_percent(0.2) > 20)
+            engine.kill()
+            assert httpx.get(server.url + "/health").status_code == 200
+            for answer in answers:
+                assert answer.result().status_code == 200
+                assert answer.result().json()["data"] == expected
+        server.wait_ready()
+        assert server.engine().pid != engine.pid
+
+
+def test_the_engine_dies_with_its_server(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        engine = server.engine()
+        server.process.kill()
+        gone, _ = psutil.wait_procs([engine], timeout=5)
+        assert gone
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_exits_0(tmp_path: Path, number: signal.Signals) -> None:
+    with running(tmp_path) as server:
+        engine = server.engine()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(server.post, {**QUICK, "steps": 60, "size": "192x192"})
+            eventually(lambda: engine.cpu_percent(0.1) > 20)
+            server.process.send_signal(number)
+            assert answer.result().status_code == 200
+        assert server.process.wait(20) == 0
+        assert not engine.is_running()
+        assert "Traceback" not in server.output
+
+
+def test_files_outlive_a_kill(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        answer = server.post({**QUICK, "seed": 1}).json()
+        before = httpx.get(answer["data"][0]["url"]).content
+        server.process.kill()
+        server.process.wait()
+    with running(tmp_path) as server:
+        name = answer["data"][0]["url"].rpartition("/")[2]
+        assert httpx.get(f"{server.url}/v1/images/files/{name}").content == before
+
+
+def test_start_is_quick_and_small(tmp_path: Path) -> None:
+    """To ready in under 12 s and 1.5 GB in all, from the command to the first answer; nothing of others' noise."""
+    libraries = subprocess.run(
+        [sys.executable, "-c", "import time; t = time.monotonic(); import torch; from diffusers import AutoencoderKL, "
+         "FluxTransformer2DModel; from transformers import CLIPTextModel, T5EncoderModel; print(time.monotonic() - t)"],
+        capture_output=True, text=True, check=True, env=environment(),
+    )  # fmt: skip
+    began = time.monotonic()
+    with running(tmp_path) as server:
+        seconds = time.monotonic() - began
+        processes = [psutil.Process(server.process.pid), server.engine()]
+        memory = sum(p.memory_full_info().uss for p in processes)
+        lines = [line for line in server.output.splitlines() if line.strip()]
+    assert seconds < 12, f"{seconds:.1f} s to ready"
+    assert seconds - float(libraries.stdout) < 4, f"{seconds:.1f} s to ready, {libraries.stdout} s of it imports"
+    assert memory < 1.5e9
+    assert len(lines) == 4, server.output
