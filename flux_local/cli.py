@@ -7,11 +7,14 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import flux_local
 from flux_local import config, params
-from flux_local.errors import FluxError, StartError
+from flux_local.errors import FluxError, InvalidImage, MissingParameter, StartError
+
+if TYPE_CHECKING:
+    from flux_local.plan import Plan, Source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,11 +47,11 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="what to draw")
     generate.add_argument("-o", "--output", default="out.png", metavar="FILE", help="file to write (default out.png)")
     settings = {setting.name: setting for setting in config.describe()}
-    for name in ("model", "device"):
+    for name in ("model", "devices"):
         add_setting(generate, settings[name])
     add_config_file(generate)
     for parameter in params.PARAMETERS:
-        if parameter.name in GENERATE_FLAGS:
+        if parameter.name not in ONLY_SERVED:
             add_parameter(generate, parameter)
 
     version = commands.add_parser("version", help="print the version")
@@ -56,9 +59,11 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-GENERATE_FLAGS = frozenset(
-    {"seed", "size", "aspect_ratio", "resolution", "cfg_scale", "num_inference_steps", "n", "output_quality"}
-)
+ONLY_SERVED = frozenset(
+    {"prompt", "model", "response_format", "output_format", "sync_mode", "stream", "partial_images", "user", "style",
+     "quality", "background", "moderation", "input_fidelity"}
+)  # fmt: skip
+"""Parameters that are no flags of `generate`: they speak of an answer over HTTP, or have a form of their own here."""
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
@@ -79,10 +84,10 @@ def add_setting(command: argparse.ArgumentParser, setting: config.Setting) -> No
 
 
 def add_parameter(command: argparse.ArgumentParser, parameter: params.Parameter) -> None:
-    kind: Any = {"integer": int, "number": float}.get(parameter.kind, str)
+    default = "none" if parameter.kind == "file" else parameter.default
     flags = ["--" + name.replace("_", "-") for name in (parameter.name, *parameter.aliases)]
-    command.add_argument(*flags, dest=parameter.name, type=kind, metavar=parameter.kind.split()[0].upper(),
-                         help=f"{parameter.description} Default: {parameter.default}.".replace("%", "%%"))  # fmt: skip
+    command.add_argument(*flags, dest=parameter.name, metavar=parameter.kind.split()[0].upper(),
+                         help=f"{parameter.description} Default: {default}.".replace("%", "%%"))  # fmt: skip
 
 
 def settings_from(options: argparse.Namespace) -> config.Settings:
@@ -126,39 +131,92 @@ ready after {time.monotonic() - began:.1f} s
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    """Draws in this process, with a bar for the steps; writes the file and prints seed and time."""
+    """Draws in this process, with a bar for the steps; writes the files and prints seeds and times."""
     from flux_local import weights
 
     settings = settings_from(options)
     folder = weights.find(settings.model)
     model = weights.info(folder)
     output = Path(options.output)
-    raw = {name: getattr(options, name) for name in GENERATE_FLAGS}
-    raw |= {"prompt": options.prompt, "output_format": output.suffix.lstrip(".").lower() or "png"}
-    checked = params.generation_params(raw, model)
+    plan = plan_of(options, output, model, settings)
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from flux_local.engine import pick_device
-    from flux_local.images import delivered, encode, parameters_text
+    from flux_local.engine import begin, pick_device
     from flux_local.model.loader import load
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
         loading = bar.add_task(f"loading {model.name}", total=None)
-        pipeline = load(folder, pick_device(settings.device))
+        pipeline = load(folder, pick_device(settings.device_list()[0]))
         bar.remove_task(loading)
-        prompt = pipeline.text.encode(checked.prompt)
-        for index, seed in enumerate(checked.seeds):
+        for index, seed in enumerate(plan.params.seeds):
             began = time.monotonic()
-            picture = pipeline.begin(prompt, *checked.canvas, seed=seed, steps=checked.steps, guidance=checked.guidance)
-            for _ in bar.track(range(checked.steps), description=f"seed {seed}"):
-                pipeline.denoiser.advance([picture])
-            pixels = pipeline.vae.decode(picture.latents, *checked.canvas)
+            pixels = None
+            if not plan.untouched:
+                picture = begin(pipeline, plan.job(str(index), index), pipeline.text.encode)
+                for _ in bar.track(range(picture.steps_left), description=f"seed {seed}"):
+                    pipeline.denoiser.advance([picture])
+                pixels = pipeline.vae.decode(picture.latents, picture.width, picture.height)
             file = output if index == 0 else output.with_stem(f"{output.stem}-{index}")
-            text = parameters_text(checked, seed, model.name)
-            file.write_bytes(encode(delivered(pixels, checked.canvas, checked.delivered), checked, text))
+            file.write_bytes(plan.file(index, pixels))
             bar.console.print(
-                f"{file}  {checked.delivered}  seed {seed}  {time.monotonic() - began:.2f} s", highlight=False
+                f"{file}  {plan.params.delivered}  seed {seed}  {time.monotonic() - began:.2f} s", highlight=False
             )
     return 0
+
+
+def plan_of(options: argparse.Namespace, output: Path, model: params.ModelInfo, settings: config.Settings) -> Plan:
+    """What the flags of `generate` ask for.
+
+    Raises:
+        RequestError: a value or a file that will not do.
+    """
+    from flux_local.plan import Plan
+    from flux_local.sizes import Size
+
+    names = {parameter.name for parameter in params.PARAMETERS} - ONLY_SERVED
+    given = {name: text for name, text in vars(options).items() if name in names and text is not None}
+    source = source_of(given.pop("image", None), given.pop("mask", None))
+    raw = params.from_form(given)
+    raw |= {"prompt": options.prompt, "output_format": output.suffix.lstrip(".").lower() or "png"}
+    checked = params.generation_params(
+        raw,
+        model,
+        route="edits" if source else "generations",
+        image=Size(*source.image.size) if source else None,
+        max_pixels=settings.max_pixels,
+    )
+    for name in checked.ignored:
+        print(f"flux-local: --{name.replace('_', '-')} changes nothing here", file=sys.stderr)
+    return Plan(checked, source, model.name, settings.png_metadata)
+
+
+def source_of(image: str | None, mask: str | None) -> Source | None:
+    """The picture to start from, and where to repaint it.
+
+    Raises:
+        MissingParameter: a mask without an image. InvalidImage: a file that is not there or cannot be read.
+    """
+    if image is None:
+        if mask is not None:
+            raise MissingParameter("--mask needs --image, the picture to repaint.", param="image")
+        return None
+    from PIL import Image
+
+    from flux_local.decoder import Purpose, decode_own
+    from flux_local.plan import Source
+
+    def read(path: str, purpose: Purpose) -> Image.Image:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise InvalidImage(f"Cannot read {path}: {error.strerror}.", param=purpose) from error
+        width, height, rows = decode_own(data, purpose)
+        return Image.frombytes("RGB" if purpose == "image" else "L", (width, height), rows)
+
+    picture = read(image, "image")
+    hole = None if mask is None else read(mask, "mask")
+    if hole is not None and hole.size != picture.size:
+        raise InvalidImage("The mask must have the image's size.", param="mask")
+    return Source(picture, hole)

@@ -20,6 +20,7 @@ from msgspec import Meta
 from flux_local.errors import SettingsError
 
 PREFIX = "FLUX_LOCAL_"
+NOT_SETTINGS = frozenset({"FLUX_LOCAL_FAULTS"})
 SECRET = {"secret": True}
 
 
@@ -29,7 +30,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     host: Annotated[str, Meta(description="Address to listen on. Anything but loopback wants API keys.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")] = 8000
     model: Annotated[str, Meta(description="A model folder, or the name of one under weights/.")] = "flux-krea-mini"
-    device: Annotated[str, Meta(description="'auto', 'cpu', or a GPU such as 'cuda:0'.")] = "auto"
+    devices: Annotated[
+        str, Meta(description="'auto', 'cpu', a GPU such as 'cuda:0', or several by commas: an engine runs on each.")
+    ] = "auto"
     data_dir: Annotated[str, Meta(description="Folder for pictures behind URLs.")] = "~/.local/share/flux-local"
     public_url: Annotated[str, Meta(description="Base of the URLs in answers, if clients see another address.")] = ""
     response_format: Annotated[
@@ -38,6 +41,16 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     url_lifetime: Annotated[int, Meta(ge=60, description="Seconds for which a picture's URL stays good.")] = 86_400
     max_pixels: Annotated[int, Meta(ge=256, description="Largest picture delivered, in pixels.")] = 2048 * 2048
     max_waiting: Annotated[int, Meta(ge=1, description="Pictures that may wait; more are refused with 429.")] = 256
+    max_wait: Annotated[
+        float, Meta(gt=0, description="Seconds of work that may wait, by measured speed; more is refused with 429.")
+    ] = 600.0
+    key_share: Annotated[float, Meta(gt=0, le=1, description="Of both, the share that one API key may hold.")] = 0.5
+    request_timeout: Annotated[float, Meta(gt=0, description="Seconds after which a request is given up.")] = 1800.0
+    engine_timeout: Annotated[
+        float, Meta(gt=0, description="Seconds that a step or a decoding may take before the engine counts as hung.")
+    ] = 60.0
+    engine_falls: Annotated[int, Meta(ge=1, description="Falls of an engine after which it is given up,")] = 5
+    engine_window: Annotated[float, Meta(gt=0, description="if they come within so many seconds.")] = 600.0
     png_metadata: Annotated[bool, Meta(description="Write prompt and parameters into PNG files.")] = True
     allow_anonymous: Annotated[
         bool, Meta(description="Listen beyond loopback without API keys: anyone who can connect can generate.")
@@ -47,6 +60,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ] = ""
     api_keys_file: Annotated[str, Meta(description="File with one API key a line.")] = ""
     api_keys: Annotated[str, Meta(description="API keys, separated by commas.", extra=SECRET)] = ""
+
+    def device_list(self) -> list[str]:
+        return [name.strip() for name in self.devices.split(",") if name.strip()] or ["auto"]
 
     def origins(self) -> list[str]:
         """The origins that browsers may call from.
@@ -127,7 +143,7 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str] | None = None,
         except (OSError, ValueError) as error:
             raise SettingsError(f"Cannot read the settings file {file}: {error}") from error
     for variable, value in environment.items():
-        if variable.startswith(PREFIX):
+        if variable.startswith(PREFIX) and variable not in NOT_SETTINGS:
             values[variable.removeprefix(PREFIX).lower()] = value
     values |= flags
     if unknown := sorted(set(values) - names):

@@ -61,9 +61,7 @@ class SafeDecoder:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
         status, width, height = HEADER.unpack_from(out) if len(out) >= HEADER.size else (BAD, 0, 0)
-        if status != OK:
-            raise InvalidImage(WORDS[status], param=purpose)
-        return width, height, out[HEADER.size :]
+        return checked((status, width, height, out[HEADER.size :]), purpose)
 
     async def close(self) -> None:
         if self._spare is not None:
@@ -83,8 +81,21 @@ class SafeDecoder:
         )  # fmt: skip
 
 
+def checked(decoded: tuple[int, int, int, bytes], purpose: Purpose) -> tuple[int, int, bytes]:
+    """Width, height and rows; raises `InvalidImage` for any status but OK."""
+    status, width, height, rows = decoded
+    if status != OK:
+        raise InvalidImage(WORDS[status], param=purpose)
+    return width, height, rows
+
+
+def decode_own(data: bytes, purpose: Purpose) -> tuple[int, int, bytes]:
+    """As `SafeDecoder.decode`, in this process: for files that the user of this process chose."""
+    return checked(decode(data, purpose), purpose)
+
+
 def decode(data: bytes, purpose: Purpose) -> tuple[int, int, int, bytes]:
-    """Status, width, height and rows. Runs in the child."""
+    """Status, width, height and rows. For a stranger's bytes, run in the child."""
     from PIL import Image, ImageOps
 
     # Pillow's own guard would only warn; the header decides before a pixel is read.

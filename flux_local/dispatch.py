@@ -1,144 +1,276 @@
-"""The API process's side of the engine: starts it, feeds it, brings it back, and keeps every promise about a job.
+"""What the server owes: admits pictures, hands them to engines, and ends each exactly once whatever the engines do.
 
-A submitted job ends exactly once: with its picture, with an error, or cancelled. Knows neither HTTP nor torch.
+A picture ends with its pixels, with an error, or cancelled. Knows neither HTTP nor torch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import itertools
 import logging
 import math
-import secrets
-import socket
-import subprocess
-import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from flux_local.errors import BY_CODE, EngineDead, EngineRestarting, InternalError, NotReady, RateLimited, StartError
-from flux_local.messages import (
-    HEADER,
-    Cancel,
-    Done,
-    Failed,
-    FromEngine,
-    Job,
-    Partial,
-    Ready,
-    StartFailed,
-    Step,
-    decode_from_engine,
-    frame,
+import msgspec
+
+from flux_local.errors import (
+    BY_CODE,
+    EngineDead,
+    EngineRestarting,
+    InternalError,
+    NotReady,
+    RateLimited,
+    RequestCrashes,
+    StartError,
 )
+from flux_local.messages import Cancel, Done, Failed, FromEngine, Job, Partial, Ready, Step
+from flux_local.supervisor import Fall, Supervisor
 
-START_TRIES = 5
-"""Engine starts in a row that may fail before the server gives up."""
-
-ATTEMPTS = 2
-"""Times a job may be given to an engine."""
+CRASHES = 2
+"""Engines that a picture may bring down before it is refused."""
+REFUSED_FOR = 3600.0
+"""Seconds for which a request that brought down so many is refused."""
+OUTSIDE_TRIES = 10
+"""Times that a picture is handed to another engine through no fault of its own."""
 
 log = logging.getLogger("flux_local.dispatch")
 
+OnEvent = Callable[[Step | Partial], None]
 
-@dataclass
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is promised.
+
+    `pictures` that may wait, `seconds` of work that may be before a new one, and of both the `share` that one key may
+    hold where there are several. `patience`, `max_falls` and `window` as in `Supervisor`.
+    """
+
+    pictures: int = 256
+    seconds: float = 600.0
+    share: float = 1.0
+    patience: float = 60.0
+    max_falls: int = 5
+    window: float = 600.0
+
+
+@dataclass(eq=False)
 class Pending:
-    """A job that has been promised an end."""
+    """A picture that has been promised an end."""
 
     job: Job
     future: asyncio.Future[Done]
     steps_left: int
-    attempts: int = 0
-    on_event: Callable[[Step | Partial], None] | None = field(default=None)
+    on_event: OnEvent | None
+    engine: Supervisor | None = None
+    crashes: int = 0
+    tries: int = 0
+
+
+@dataclass
+class Held:
+    """The part of an admitted request that has not come as jobs yet. `work`: image tokens times steps."""
+
+    owner: str
+    pictures: int
+    work: int
 
 
 class Dispatcher:
-    """One engine process and the jobs it owes."""
+    """All engines and the pictures they owe. Lives on the event loop it is made on.
 
-    def __init__(self, folder: Path, device: str, max_waiting: int) -> None:
-        self.folder = folder
-        self.device = device
-        self.max_waiting = max_waiting
-        self.ready: Ready | None = None
+    Args:
+        devices: one engine is run on each.
+    """
+
+    def __init__(self, folder: Path, devices: list[str], limits: Limits) -> None:
+        self.limits = limits
         self.draining = False
         self.pending: dict[str, Pending] = {}
-        self.picture_seconds = 1.0
-        self.step_seconds = 0.0
-        self.process: subprocess.Popen[bytes] | None = None
+        self.held: dict[str, Held] = {}
+        self.refused: dict[bytes, float] = {}
+        self.token_seconds = 1e-4
         self.dead: asyncio.Future[EngineDead] = asyncio.get_running_loop().create_future()
-        self._writer: asyncio.StreamWriter | None = None
-        self._supervisor: asyncio.Task[None] | None = None
+        self.engines = [
+            Supervisor(folder, device, limits.patience, limits.max_falls, limits.window, busy=self._owes,
+                       on_message=self._on_message, on_ready=self._on_ready, on_fall=self._on_fall)
+            for device in devices
+        ]  # fmt: skip
+        self._running: list[asyncio.Task[None]] = []
+        self._serials = itertools.count(1)
+
+    @property
+    def ready(self) -> Ready | None:
+        """An engine that is."""
+        return next((engine.ready for engine in self.engines if engine.ready is not None), None)
 
     async def start(self) -> Ready:
-        """Starts the engine and waits until it has drawn its warm-up picture.
+        """Starts the engines and waits until each has drawn its warm-up picture.
 
         Raises:
-            StartError: the engine could not start, with the exit code that fits.
+            StartError: one could not start, with the exit code that fits.
         """
-        reader = await self._spawn()
-        ready = await self._first_message(reader)
-        self._supervisor = asyncio.create_task(self._supervise(reader))
-        return ready
+        loop = asyncio.get_running_loop()
+        started: list[asyncio.Future[Ready]] = [loop.create_future() for _ in self.engines]
+        for engine, future in zip(self.engines, started, strict=True):
+            task = asyncio.create_task(engine.run(future))
+            task.add_done_callback(self._on_end)
+            self._running.append(task)
+        readies = await asyncio.gather(*started)
+        self.token_seconds = max(ready.token_seconds for ready in readies)
+        return readies[0]
 
     async def stop(self) -> None:
-        """Ends the engine; what is still pending ends with `EngineRestarting`."""
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
-        self._kill()
+        """Ends the engines; what is still pending ends with `EngineRestarting`."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
         for pending in list(self.pending.values()):
             self._settle(pending, EngineRestarting("The server is stopping. Send the request again.", retry_after=5))
 
-    async def draw(self, job: Job, on_event: Callable[[Step | Partial], None] | None = None) -> Done:
-        """Draws one picture; cancelling the caller cancels the job.
+    async def draw(self, job: Job, on_event: OnEvent | None = None) -> Done:
+        """Draws one picture of an admitted request; cancelling the caller cancels the job.
 
         Args:
-            on_event: called with each step and each partial picture. Starts over if the engine had to be replaced.
+            job: its id is the request's, a dash, and something.
+            on_event: called with each reported step and each partial picture. Starts over if an engine fell.
 
         Raises:
-            RateLimited: too many pictures wait. NotReady: the engine is still starting.
-            GenerationInvalid, InternalError: the model or the engine failed.
+            RequestCrashes: see there. EngineRestarting: the server stops.
+            GenerationInvalid, InternalError, DeadlineExceeded: the picture failed.
         """
-        self.admit(1)
-        pending = Pending(job, asyncio.get_running_loop().create_future(), job.steps - job.skip, on_event=on_event)
+        self._check_refused(job)
+        if held := self.held.get(request_of(job.id)):
+            held.pictures -= 1
+            held.work -= work_of(job)
+        job = msgspec.structs.replace(job, serial=next(self._serials))
+        future: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
+        pending = Pending(job, future, job.steps - job.skip, on_event)
         self.pending[job.id] = pending
-        self._submit(pending)
+        self._place(pending)
         try:
-            return await pending.future
+            return await future
         finally:
-            if self.pending.pop(job.id, None) is not None and self._writer is not None:
-                self._writer.write(frame(Cancel(job.id)))
+            if self.pending.pop(job.id, None) is not None and pending.engine is not None:
+                pending.engine.send(Cancel(job.id))
 
-    def admit(self, pictures: int) -> None:
-        """Raises unless so many more pictures may be submitted now."""
+    def _check_refused(self, job: Job) -> None:
+        now = time.monotonic()
+        self.refused = {known: until for known, until in self.refused.items() if until > now}
+        if self.refused and fingerprint(job) in self.refused:
+            raise RequestCrashes
+
+    def admit(self, request: str, owner: str, pictures: int, work: int) -> None:
+        """Takes a request in, if there is room for all of it; `release` it when it has ended.
+
+        Args:
+            work: image tokens times steps, of all pictures.
+
+        Raises:
+            RateLimited: too much waits. NotReady: the engines are still starting, or the server stops.
+        """
         if self.draining:
             raise NotReady("The server is stopping. Send the request to another one, or try again.", retry_after=5)
         if self.ready is None and not self.pending:
             raise NotReady("The model is still loading. Try again in a few seconds.", retry_after=5)
-        if len(self.pending) + pictures > self.max_waiting:
-            wait = math.ceil(len(self.pending) * self.picture_seconds)
-            raise RateLimited(
-                "Too many pictures are waiting. Try again after the time in Retry-After.",
-                retry_after=min(120, max(1, wait)),
-            )
+        self._check_room(pictures, work, 1.0, None)
+        if self.limits.share < 1:
+            self._check_room(pictures, work, self.limits.share, owner)
+        self.held[request] = Held(owner, pictures, work)
+
+    def release(self, request: str) -> None:
+        self.held.pop(request, None)
+
+    def _check_room(self, pictures: int, work: int, share: float, owner: str | None) -> None:
+        """Raises `RateLimited` unless this share of what may wait has room beside what the owner, or all, have."""
+        jobs = [p for p in self.pending.values() if owner in (None, p.job.owner)]
+        held = [h for h in self.held.values() if owner in (None, h.owner)]
+        waiting = len(jobs) + sum(h.pictures for h in held)
+        tokens = sum(p.steps_left * p.job.tokens for p in jobs) + sum(h.work for h in held)
+        seconds = tokens * self.token_seconds / len(self.engines)
+        over = seconds + work * self.token_seconds / len(self.engines) - share * self.limits.seconds
+        too_many = waiting + pictures - max(1, share * self.limits.pictures)
+        # A request that nothing is before is taken however long it is.
+        if not waiting or (too_many <= 0 and over <= 0):
+            return
+        wait = max(over, min(too_many, waiting) * seconds / waiting)
+        raise RateLimited(
+            f"Too many pictures are waiting{' for this key' if owner is not None else ''}. Try again after the time "
+            "in Retry-After, or ask for fewer or smaller ones or for fewer steps.",
+            retry_after=min(120, max(1, math.ceil(wait))),
+        )
 
     def outlook(self, request: str) -> tuple[int, float]:
         """Pictures of other requests that came before this one's, and an estimate of the seconds until it is done."""
         ahead, seconds, before = 0, 0.0, 0.0
         for pending in self.pending.values():
-            before += pending.steps_left * self.step_seconds
+            before += self._cost(pending) / len(self.engines)
             if pending.job.id.startswith(request + "-"):
                 seconds = before
             elif seconds == 0:
                 ahead += 1
         return ahead, seconds
 
-    def _submit(self, pending: Pending) -> None:
-        if self._writer is not None and self.ready is not None:
-            pending.attempts += 1
-            self._writer.write(frame(pending.job))
+    def _cost(self, pending: Pending) -> float:
+        """Seconds of one device."""
+        return pending.steps_left * pending.job.tokens * self.token_seconds
+
+    def _owes(self, engine: Supervisor) -> bool:
+        return any(pending.engine is engine for pending in self.pending.values())
+
+    def _place(self, pending: Pending) -> None:
+        """Hands the picture to the ready engine that owes least; if none is ready, it waits for one."""
+        ready = [engine for engine in self.engines if engine.ready is not None]
+        if not ready:
+            pending.engine = None
+            return
+        owed = dict.fromkeys(ready, 0.0)
+        for other in self.pending.values():
+            if other.engine in owed and other is not pending:
+                owed[other.engine] += self._cost(other)
+        pending.engine = min(ready, key=owed.__getitem__)
+        pending.tries += 1
+        pending.steps_left = pending.job.steps - pending.job.skip
+        pending.engine.send(pending.job)
+
+    def _on_ready(self, engine: Supervisor) -> None:
+        for pending in list(self.pending.values()):
+            if pending.engine is None:
+                self._place(pending)
+
+    def _on_fall(self, engine: Supervisor, fall: Fall) -> None:
+        """Places the engine's pictures anew; those in its hands when it crashed go alone, once."""
+        for pending in [p for p in self.pending.values() if p.engine is engine]:
+            if fall.inside and pending.job.serial in fall.serials:
+                pending.crashes += 1
+                pending.job = msgspec.structs.replace(pending.job, alone=True)
+                if pending.crashes >= CRASHES:
+                    self.refused[fingerprint(pending.job)] = time.monotonic() + REFUSED_FOR
+                    self._settle(pending, RequestCrashes())
+                    continue
+            if pending.tries >= OUTSIDE_TRIES:
+                self._settle(pending, InternalError("The engine was ended too often. Ask the server's operator."))
+                continue
+            pending.engine = None
+            self._place(pending)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """One engine is given up: its pictures go to the others; without others the server has to end."""
+        if task.cancelled():
+            return
+        error = task.exception()
+        if isinstance(error, EngineDead) and all(t.done() for t in self._running):
+            for pending in list(self.pending.values()):
+                self._settle(pending, InternalError("The engine cannot be started. Ask the server's operator."))
+            if not self.dead.done():
+                self.dead.set_result(error)
+        elif error is not None:
+            log.error("%s", error.message if isinstance(error, StartError) else error)
 
     def _settle(self, pending: Pending, result: Done | Exception) -> None:
         self.pending.pop(pending.job.id, None)
@@ -149,98 +281,37 @@ class Dispatcher:
         else:
             pending.future.set_result(result)
 
-    async def _spawn(self) -> asyncio.StreamReader:
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "flux_local.engine", "--fd", str(theirs.fileno()),
-                   "--model", str(self.folder), "--device", self.device]  # fmt: skip
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        return reader
-
-    async def _first_message(self, reader: asyncio.StreamReader) -> Ready:
-        try:
-            message = await self._receive(reader)
-        except EOFError:
-            raise StartError("The engine process ended while loading. Its last words are above.") from None
-        if isinstance(message, StartFailed):
-            error = StartError(message.message)
-            error.exit_code = message.exit_code
-            raise error
-        assert isinstance(message, Ready)
-        self.ready = message
-        self.step_seconds = self.step_seconds or message.step_seconds
-        return message
-
-    async def _receive(self, reader: asyncio.StreamReader) -> FromEngine:
-        """Raises EOFError when the engine has gone."""
-        try:
-            (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-            return decode_from_engine(await reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionResetError) as error:
-            raise EOFError from error
-
-    async def _supervise(self, reader: asyncio.StreamReader) -> None:
-        """Hands out what the engine sends; when it dies, starts another and gives the open jobs to that one."""
-        while True:
-            with contextlib.suppress(EOFError):
-                while True:
-                    self._handle(await self._receive(reader))
-            self.ready = None
-            self._kill()
-            log.error("the engine process ended; starting another")
-            for pending in list(self.pending.values()):
-                if pending.attempts >= ATTEMPTS:
-                    self._settle(pending, InternalError("The engine failed twice on this request. Change it."))
-            restarted = await self._restart()
-            if restarted is None:
-                return
-            reader = restarted
-            for pending in list(self.pending.values()):
-                self._submit(pending)
-
-    async def _restart(self) -> asyncio.StreamReader | None:
-        """Another engine, with a growing pause between tries; None once it has given up."""
-        for attempt in range(START_TRIES):
-            try:
-                reader = await self._spawn()
-                await self._first_message(reader)
-                return reader
-            except StartError as error:
-                log.error("the engine did not start: %s", error.message)
-                self._kill()
-                await asyncio.sleep(min(60, 2**attempt) * (0.5 + secrets.randbelow(1000) / 2000))
-        for pending in list(self.pending.values()):
-            self._settle(pending, InternalError("The engine cannot be started. Ask the server's operator."))
-        self.dead.set_result(EngineDead("The engine process cannot be started again."))
-        return None
-
-    def _handle(self, message: FromEngine) -> None:
-        if isinstance(message, (Ready, StartFailed)):
+    def _on_message(self, engine: Supervisor, message: FromEngine) -> None:
+        if not isinstance(message, (Step, Partial, Done, Failed)):
             return
         pending = self.pending.get(message.id)
-        if pending is None:
+        if pending is None or pending.engine is not engine:
             return
         match message:
             case Step() | Partial():
                 if isinstance(message, Step):
                     pending.steps_left = message.steps - message.step
-                    self.step_seconds += 0.1 * (message.seconds - self.step_seconds)
+                    self.token_seconds += 0.05 * (message.seconds / pending.job.tokens - self.token_seconds)
                 if pending.on_event is not None:
-                    pending.on_event(message)
+                    # What a client's side makes of it must not end the reading of the pipe.
+                    with contextlib.suppress(asyncio.InvalidStateError):
+                        pending.on_event(message)
             case Done():
-                seconds = message.encode_s + message.denoise_s + message.decode_s
-                self.picture_seconds += 0.1 * (seconds - self.picture_seconds)
                 self._settle(pending, message)
             case Failed():
                 error = BY_CODE.get(message.code, InternalError)
                 self._settle(pending, error(message.message))
 
-    def _kill(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+
+def request_of(job_id: str) -> str:
+    return job_id.rpartition("-")[0]
+
+
+def work_of(job: Job) -> int:
+    return (job.steps - job.skip) * job.tokens
+
+
+def fingerprint(job: Job) -> bytes:
+    """What makes two jobs the same work."""
+    same = msgspec.structs.replace(job, id="", serial=0, owner="", deadline=None, alone=False, partials=0)
+    return hashlib.sha256(msgspec.msgpack.encode(same)).digest()

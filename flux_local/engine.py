@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -15,14 +16,26 @@ import socket
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from flux_local import weights
-from flux_local.errors import GenerationInvalid, InternalError, StartError, answer_for
+from flux_local.errors import (
+    DeadlineExceeded,
+    FluxError,
+    GenerationInvalid,
+    InternalError,
+    StartError,
+    answer_for,
+)
+from flux_local.faults import Faults
 from flux_local.messages import Cancel, Done, EngineChannel, Failed, Job, Partial, Ready, StartFailed, Step
 from flux_local.params import ModelInfo
+from flux_local.pulse import Phase, Pulse
 from flux_local.scheduler import Entry, Scheduler
 from flux_local.sizes import canvas_for, table_size
 
@@ -31,15 +44,19 @@ if TYPE_CHECKING:
     from flux_local.model.loader import Pipeline
     from flux_local.model.text import PromptEmbedding
 
-BATCH_LIMIT = 1
-"""Pictures that share a step. The reference transformer computes the modulation of a batch in one matmul, whose last
-bit depends on the number of rows: together, a picture would not get the bytes it gets alone."""
-PROMPTS_KEPT = 64
+BATCH_ROWS = 4
+"""Rows of a batch at most. On two CPU cores four small pictures take twice the time of one, eight gain nothing more."""
+FULL_AT_TOKENS = 4096
+"""Tokens of a step above which a device has no room to spare, so that batching would only make pictures wait."""
+PROMPT_CACHE_BYTES = 256 << 20
+REPORT_EVERY = 0.1
+"""Seconds between two reports of a picture's progress. A small model's step takes a fifth of that, and every report
+wakes the server's process on the cores that the next step needs."""
 
 log = logging.getLogger("flux_local.engine")
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
     """A job on its way. Times are seconds of the monotonic clock."""
 
@@ -50,136 +67,272 @@ class Work:
     picture: Picture | None = None
     encode_s: float = 0.0
     begun: float = 0.0
+    denoised: float = 0.0
+    reported: float = 0.0
+    retried: bool = False
 
 
 class Engine:
     """Draws jobs, several at a time, each advancing a step whenever the scheduler picks it."""
 
-    def __init__(self, pipeline: Pipeline, channel: EngineChannel) -> None:
+    def __init__(self, pipeline: Pipeline, channel: EngineChannel, pulse: Pulse, seconds_per_token: float) -> None:
         self.pipeline = pipeline
         self.channel = channel
-        self.scheduler = Scheduler(BATCH_LIMIT)
+        self.pulse = pulse
+        self.faults = Faults()
+        self.scheduler = Scheduler(self.rows_limit)
+        self.limits: dict[tuple[int, int], int] = {}
         self.work: dict[str, Work] = {}
-        self.prompts: OrderedDict[str, PromptEmbedding] = OrderedDict()
-        self.seconds_per_token = 1e-4
+        self.decoding: OrderedDict[str, Generator[None, None, bytes]] = OrderedDict()
+        self.prompts = PromptCache(pipeline.text.encode, PROMPT_CACHE_BYTES)
+        self.seconds_per_token = seconds_per_token
 
     def run(self) -> None:
         """Until the other end closes (`EOFError`)."""
         while True:
+            if not self.work:
+                self.pulse.enter(Phase.IDLE)
             for message in self.channel.receive(wait=not self.work):
                 match message:
                     case Job():
                         self.accept(message)
                     case Cancel():
                         self.drop(message.id)
-            self.step()
+            self.turn()
 
     def accept(self, job: Job) -> None:
         now = time.monotonic()
         steps = job.steps - job.skip
         self.work[job.id] = Work(job, now, steps, partial_steps(steps, job.partials))
-        cost = job.width * job.height / 256 * self.seconds_per_token
-        self.scheduler.add(Entry(job.id, job.width, job.height, steps, cost, now))
+        self.schedule(job, now)
+
+    def schedule(self, job: Job, arrived: float) -> None:
+        cost = job.tokens * self.seconds_per_token
+        self.scheduler.add(
+            Entry(job.id, (job.width, job.height), job.steps - job.skip, cost, arrived, job.owner, job.rows, job.alone)
+        )
 
     def drop(self, id: str) -> None:
         self.work.pop(id, None)
+        self.decoding.pop(id, None)
         self.scheduler.remove(id)
 
-    def step(self) -> None:
-        """One denoising step of the next batch; pictures that are through are decoded and sent."""
-        batch = [self.work[id] for id in self.scheduler.next_batch(time.monotonic())]
-        if not batch:
-            return
+    def turn(self) -> None:
+        """A layer of the picture that is being decoded, and a step of the next batch: neither waits for the other."""
+        self.expire(time.monotonic())
+        if self.decoding:
+            self.decode_some(next(iter(self.decoding)))
+        if batch := self.next_batch():
+            self.step(batch)
+
+    def expire(self, now: float) -> None:
+        for work in [w for w in self.work.values() if w.job.deadline is not None and now > w.job.deadline]:
+            self.fail(work, DeadlineExceeded("The time for this request has passed."))
+
+    def rows_limit(self, canvas: tuple[int, int]) -> int:
+        """Rows that a batch of the canvas may have: few where a picture alone fills the device, fewer where a batch
+        ran out of memory or would have changed its members' bits."""
+        tokens = canvas[0] * canvas[1] // 256
+        return min(self.limits.get(canvas, BATCH_ROWS), max(1, FULL_AT_TOKENS // tokens))
+
+    def next_batch(self) -> list[Work]:
+        """The scheduler's choice, less those whose beginning would make pictures under way wait more than one's."""
+        chosen = [self.work[id] for id in self.scheduler.next_batch(time.monotonic())]
+        under_way = any(work.picture is not None for work in chosen)
+        for work in chosen:
+            if work.picture is None:
+                self.begin(work)
+                if under_way:
+                    break
+        ready = [self.scheduler.entries[work.job.id] for work in chosen if work.picture is not None]
+        if not ready:
+            return []
+        batch = [self.work[entry.id] for entry in self.scheduler.fitting(ready)]
+        return batch if self.proved(batch) else batch[:1]
+
+    def proved(self, batch: list[Work]) -> bool:
+        """Whether the batch's shape keeps every picture's bits; one that does not is not used again."""
+        rows = sum(work.job.rows for work in batch)
+        if len(batch) == 1:
+            return True
+        canvas = (batch[0].job.width, batch[0].job.height)
+        assert batch[0].picture is not None
+        self.pulse.enter(Phase.PROVE)
         try:
-            pictures = [self.begun(work) for work in batch]
-            started = time.monotonic()
+            proved = self.pipeline.denoiser.independent(*canvas, rows, batch[0].picture.prompt)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            proved = False
+        if not proved:
+            log.warning("batches of %d on %dx%d would change bits or do not fit; smaller ones are used", rows, *canvas)
+            self.limits[canvas] = rows // 2
+        return proved
+
+    def begin(self, work: Work) -> None:
+        """Begins the job's picture, or fails the job."""
+        self.pulse.enter(Phase.BEGIN, (work.job.serial,))
+        started = time.monotonic()
+        try:
+            work.picture = begin(self.pipeline, work.job, self.prompts)
+        except Exception as error:  # the boundary of a request
+            log.exception("a picture could not be begun")
+            self.fail(work, InternalError(f"The model failed ({type(error).__name__}). Try again."))
+            return
+        work.begun = time.monotonic()
+        work.encode_s = work.begun - started
+
+    def step(self, batch: list[Work]) -> None:
+        """One denoising step; pictures that are through go on to be decoded."""
+        pictures = [work.picture for work in batch if work.picture is not None]
+        self.pulse.enter(Phase.STEP, tuple(work.job.serial for work in batch))
+        started = time.monotonic()
+        try:
+            self.faults.before_step([work.job.prompt for work in batch], pictures)
             self.pipeline.denoiser.advance(pictures)
         except Exception as error:  # the boundary of a request: whatever the model raises costs its batch only
-            log.exception("a step of %d pictures failed", len(batch))
-            for work in batch:
-                self.fail(work, InternalError(f"The model failed ({type(error).__name__}). Try again."))
+            self.step_failed(batch, error)
             return
         seconds = time.monotonic() - started
         self.measure(batch, seconds)
         for work in batch:
-            left = self.scheduler.stepped(work.job.id)
-            self.channel.send(Step(work.job.id, work.steps - left, work.steps, seconds / len(batch)))
+            left = self.scheduler.stepped(work.job.id, seconds * work.job.rows / sum(w.job.rows for w in batch))
+            if started + seconds - work.reported >= REPORT_EVERY:
+                work.reported = started + seconds
+                self.channel.send(Step(work.job.id, work.steps - left, work.steps, seconds / len(batch)))
             if left == 0:
-                self.finish(work)
+                work.denoised = time.monotonic()
+                self.scheduler.remove(work.job.id)
+                assert work.picture is not None
+                latents = work.picture.latents
+                self.decoding[work.job.id] = self.pipeline.vae.decoding(latents, work.job.width, work.job.height)
             elif work.steps - left in work.partial_steps:
                 self.send_partial(work, work.partial_steps.index(work.steps - left))
 
-    def begun(self, work: Work) -> Picture:
-        """The job's picture, begun from noise the first time it is asked for."""
-        if work.picture is None:
-            job = work.job
-            started = time.monotonic()
-            prompt = self.encoded(job.prompt)
-            work.picture = self.pipeline.begin(
-                prompt, job.width, job.height, seed=job.seed, steps=job.steps, guidance=job.guidance,
-                image=job.image, mask=job.mask, skip=job.skip,
-            )  # fmt: skip
-            if job.negative_prompt is not None:
-                work.picture.negative = self.encoded(job.negative_prompt)
-                work.picture.true_cfg_scale = job.true_cfg_scale
-            work.begun = time.monotonic()
-            work.encode_s = work.begun - started
-        return work.picture
-
-    def encoded(self, prompt: str) -> PromptEmbedding:
-        """The prompt's embedding, kept for the next picture of the same prompt."""
-        if prompt in self.prompts:
-            self.prompts.move_to_end(prompt)
+    def step_failed(self, batch: list[Work], error: Exception) -> None:
+        """Out of memory, a batch is tried again in smaller ones, and a picture alone once more; else its jobs fail."""
+        if not is_out_of_memory(error):
+            log.error("a step of %d pictures failed", len(batch), exc_info=error)
+            for work in batch:
+                self.fail(work, InternalError(f"The model failed ({type(error).__name__}). Try again."))
+            return
+        free_memory()
+        canvas = (batch[0].job.width, batch[0].job.height)
+        log.warning("out of memory with %d pictures of %dx%d", len(batch), *canvas)
+        if len(batch) > 1:
+            self.limits[canvas] = max(1, len(batch) // 2)
+        elif batch[0].retried:
+            self.fail(batch[0], InternalError("The device has not enough memory for this picture. Ask for a smaller."))
         else:
-            self.prompts[prompt] = self.pipeline.text.encode(prompt)
-            if len(self.prompts) > PROMPTS_KEPT:
-                self.prompts.popitem(last=False)
-        return self.prompts[prompt]
+            batch[0].retried = True
 
     def measure(self, batch: list[Work], seconds: float) -> None:
         """Keeps the price of a token's step up to date, for the scheduler's costs."""
-        tokens = sum(work.job.width * work.job.height / 256 for work in batch)
+        tokens = sum(work.job.tokens for work in batch)
         self.seconds_per_token += 0.1 * (seconds / tokens - self.seconds_per_token)
 
     def send_partial(self, work: Work, index: int) -> None:
         """Decodes and sends what the picture looks like so far; one that is not finite is left out."""
         job, picture = work.job, work.picture
         assert picture is not None
+        self.pulse.enter(Phase.DECODE, (job.serial,))
         with contextlib.suppress(ArithmeticError):
             pixels = self.pipeline.vae.decode(picture.estimate(), job.width, job.height)
             self.channel.send(Partial(job.id, index, pixels))
 
-    def finish(self, work: Work) -> None:
-        """Decodes and delivers."""
-        job, picture = work.job, work.picture
-        assert picture is not None
-        self.drop(job.id)
-        denoised = time.monotonic()
+    def decode_some(self, id: str) -> None:
+        """One layer more; delivers the picture when that was the last."""
+        work = self.work[id]
+        self.pulse.enter(Phase.DECODE, (work.job.serial,))
         try:
-            pixels = self.pipeline.vae.decode(picture.latents, job.width, job.height)
+            next(self.decoding[id])
+        except StopIteration as end:
+            self.deliver(work, end.value)
         except ArithmeticError:
-            self.fail(work, GenerationInvalid("The model produced no valid picture for this request."))
-            return
+            self.decode_failed(work)
         except Exception as error:  # the boundary of a request
             log.exception("decoding failed")
             self.fail(work, InternalError(f"Decoding failed ({type(error).__name__}). Try again."))
+
+    def decode_failed(self, work: Work) -> None:
+        """A picture that is not finite is drawn once more, alone, before it is given up."""
+        if work.retried:
+            self.fail(work, GenerationInvalid("The model produced no valid picture for this request."))
             return
+        log.warning("a picture was not finite; drawing it again")
+        del self.decoding[work.job.id]
+        work.retried, work.picture = True, None
+        self.schedule(msgspec.structs.replace(work.job, alone=True), work.arrived)
+
+    def deliver(self, work: Work, pixels: bytes) -> None:
+        picture = work.picture
+        assert picture is not None
+        self.drop(work.job.id)
         self.channel.send(
             Done(
-                id=job.id,
+                id=work.job.id,
                 pixels=pixels,
                 text_tokens=picture.prompt.tokens,
                 prompt_read=picture.prompt.read,
                 queue_s=work.begun - work.encode_s - work.arrived,
                 encode_s=work.encode_s,
-                denoise_s=denoised - work.begun,
-                decode_s=time.monotonic() - denoised,
+                denoise_s=work.denoised - work.begun,
+                decode_s=time.monotonic() - work.denoised,
             )
         )
 
-    def fail(self, work: Work, error: InternalError | GenerationInvalid) -> None:
+    def fail(self, work: Work, error: FluxError) -> None:
         self.drop(work.job.id)
         self.channel.send(Failed(work.job.id, answer_for(error).code, error.message))
+
+
+class PromptCache:
+    """Embeddings of the latest prompts, within so many bytes: repeats and the n pictures of a request share one."""
+
+    def __init__(self, encode: Callable[[str], PromptEmbedding], limit: int) -> None:
+        self.encode = encode
+        self.limit = limit
+        self.bytes = 0
+        self.kept: OrderedDict[str, PromptEmbedding] = OrderedDict()
+
+    def __call__(self, prompt: str) -> PromptEmbedding:
+        if prompt in self.kept:
+            self.kept.move_to_end(prompt)
+            return self.kept[prompt]
+        made = self.kept[prompt] = self.encode(prompt)
+        self.bytes += made.nbytes
+        while self.bytes > self.limit and len(self.kept) > 1:
+            _, old = self.kept.popitem(last=False)
+            self.bytes -= old.nbytes
+        return made
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def free_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def begin(pipeline: Pipeline, job: Job, encode: Callable[[str], PromptEmbedding]) -> Picture:
+    """The job's picture before its first step."""
+    picture = pipeline.begin(
+        encode(job.prompt), job.width, job.height, seed=job.seed, steps=job.steps, guidance=job.guidance,
+        image=job.image, mask=job.mask, skip=job.skip,
+    )  # fmt: skip
+    if job.negative_prompt is not None:
+        picture.negative = encode(job.negative_prompt)
+        picture.true_cfg_scale = job.true_cfg_scale
+    return picture
 
 
 def partial_steps(steps: int, partials: int) -> list[int]:
@@ -189,14 +342,20 @@ def partial_steps(steps: int, partials: int) -> list[int]:
 
 
 def warm_up(pipeline: Pipeline, info: ModelInfo) -> float:
-    """Draws the picture that a first request would ask for, in two steps; returns the seconds of the second."""
+    """Draws the picture that a first request would ask for, in two steps, and proves the batches of its canvas;
+    returns the seconds of the second step."""
     width, height = canvas_for(table_size("1:1", "1K"), info.canvas)
-    picture = pipeline.begin(pipeline.text.encode("warm-up"), width, height, seed=0, steps=2, guidance=1.0)
+    prompt = pipeline.text.encode("warm-up")
+    picture = pipeline.begin(prompt, width, height, seed=0, steps=2, guidance=1.0)
     pipeline.denoiser.advance([picture])
     started = time.monotonic()
     pipeline.denoiser.advance([picture])
     seconds = time.monotonic() - started
     pipeline.vae.decode(picture.latents, width, height)
+    rows = 2
+    while rows <= BATCH_ROWS and rows * width * height // 256 <= FULL_AT_TOKENS:
+        pipeline.denoiser.independent(width, height, rows, prompt)
+        rows *= 2
     return seconds
 
 
@@ -211,11 +370,11 @@ def pick_device(asked: str) -> str:
     if asked == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise StartError(f"Device '{asked}' asked for, but torch sees no GPU. Use --device cpu, or mend the driver.")
+        raise StartError(f"Device '{asked}' asked for, but torch sees no GPU. Use --devices cpu, or mend the driver.")
     return asked
 
 
-def serve(channel: EngineChannel, folder: Path, device: str) -> None:
+def serve(channel: EngineChannel, pulse: Pulse, folder: Path, device: str) -> None:
     """Loads, warms up, says so, and draws until the other end closes."""
     try:
         started = time.monotonic()
@@ -224,34 +383,46 @@ def serve(channel: EngineChannel, folder: Path, device: str) -> None:
         device = pick_device(device)
         pipeline = load(folder, device)
         loaded = time.monotonic()
-        step_seconds = warm_up(pipeline, weights.info(folder))
+        info = weights.info(folder)
+        step_seconds = warm_up(pipeline, info)
     except StartError as error:
         channel.send(StartFailed(error.message, error.exit_code))
         raise
     precision = str(pipeline.denoiser.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
     now = time.monotonic()
-    channel.send(Ready(device, precision, loaded - started, now - loaded, step_seconds))
-    Engine(pipeline, channel).run()
+    width, height = canvas_for(table_size("1:1", "1K"), info.canvas)
+    per_token = step_seconds / (width * height // 256)
+    pulse.enter(Phase.IDLE)
+    channel.send(Ready(device, precision, loaded - started, now - loaded, step_seconds, per_token))
+    Engine(pipeline, channel, pulse, per_token).run()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="flux-local-engine")
-    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--fd", type=int, required=True, help="the socket to the server")
+    parser.add_argument("--pulse", type=int, required=True, help="the shared page")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # The server decides when its engine ends; a Ctrl-C in the terminal reaches both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     channel = EngineChannel(socket.socket(fileno=options.fd))
     try:
-        serve(channel, options.model, options.device)
+        serve(channel, Pulse(options.pulse), options.model, options.device)
     except EOFError:
         return 0
     except StartError as error:
         return error.exit_code
     return 0
+
+
+def end_with_parent() -> None:
+    """Has the kernel end this process when the server's ends, even in the middle of a step."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

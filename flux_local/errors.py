@@ -68,6 +68,10 @@ class RequestTooLarge(RequestError):
     pass
 
 
+class DeadlineExceeded(RequestError):
+    """The time that the client gave has passed."""
+
+
 class RateLimited(FluxError):
     pass
 
@@ -90,6 +94,13 @@ class GenerationInvalid(FluxError):
 
 class InternalError(FluxError):
     pass
+
+
+class RequestCrashes(InternalError):
+    """Engines crashed on this request, twice; it is refused for a while, so that it does not take others with it."""
+
+    def __init__(self) -> None:
+        super().__init__("The engine crashed twice on this very request. Change it, or ask the server's operator.")
 
 
 class StorageFull(FluxError):
@@ -140,6 +151,7 @@ ANSWERS: dict[type[FluxError], Answer] = {
     NotAvailable: Answer(400, "invalid_request_error", "not_available"),
     ModelNotFound: Answer(404, "invalid_request_error", "model_not_found"),
     NotFound: Answer(404, "invalid_request_error", "not_found"),
+    DeadlineExceeded: Answer(408, "invalid_request_error", "deadline_exceeded"),
     MethodNotAllowed: Answer(405, "invalid_request_error", "method_not_allowed"),
     UnsupportedMediaType: Answer(415, "invalid_request_error", "unsupported_media_type"),
     RequestTooLarge: Answer(413, "invalid_request_error", "request_too_large"),

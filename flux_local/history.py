@@ -1,4 +1,7 @@
-"""Requests and what became of them, in SQLite. One thread, one connection; a commit is on disk when it returns.
+"""Requests and what became of them, in SQLite, by one thread on one connection.
+
+Every commit outlives the process (WAL). What has been promised to a client that does not wait is flushed to the disk
+before the promise is given, so that it outlives the machine's power too.
 
 Knows nothing of pictures or HTTP: parameters, results and errors are JSON that it keeps.
 """
@@ -80,7 +83,7 @@ class History:
         connection = sqlite3.connect(path, isolation_level=None)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA synchronous = NORMAL")
             if connection.execute("PRAGMA quick_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("quick_check failed")
             connection.executescript(SCHEMA)
@@ -89,22 +92,32 @@ class History:
             raise
         return connection
 
-    async def _run(self, action: Callable[[sqlite3.Connection], T]) -> T:
+    async def _run(self, action: Callable[[sqlite3.Connection], T], flushed: bool = False) -> T:
+        def act(connection: sqlite3.Connection) -> T:
+            if not flushed:
+                return action(connection)
+            connection.execute("PRAGMA synchronous = FULL")
+            try:
+                return action(connection)
+            finally:
+                connection.execute("PRAGMA synchronous = NORMAL")
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, action, self._connection)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, act, self._connection)
         except sqlite3.OperationalError as error:
             raise StorageFull("The server cannot write its request history. Free space on the server.") from error
 
     async def add(
         self, id: str, owner: str, route: str, params: dict[str, Any], work: bytes | None, status: Status = "queued"
     ) -> None:
-        """A new request."""
+        """A new request; with `work`, a promise."""
         row = (id, owner, route, status, time.time(), json.dumps(params), work)
         await self._run(
             lambda c: c.execute(
                 "INSERT INTO requests (id, owner, route, status, created, params, work) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 row,
-            )
+            ),
+            flushed=work is not None,
         )
 
     async def finish(
@@ -138,14 +151,30 @@ class History:
             raise NotFound("There is no such request, or it has expired.")
         return entry(rows[0])
 
-    async def page(self, owner: str, limit: int, before: float | None = None) -> list[Entry]:
-        """The owner's newest requests, the newest first."""
-        row = (owner, before if before is not None else float("inf"), limit)
-        rows = await self._run(
-            lambda c: c.execute(
-                "SELECT * FROM requests WHERE owner = ? AND created < ? ORDER BY created DESC LIMIT ?", row
+    async def page(self, owner: str, limit: int, after: str | None = None) -> list[Entry]:
+        """The owner's newest requests, the newest first; or those that come after the one with this id.
+
+        Raises:
+            NotFound: no such request of this owner.
+        """
+
+        def select(connection: sqlite3.Connection) -> list[tuple[Any, ...]] | None:
+            last = (float("inf"), 0)
+            if after is not None:
+                last = connection.execute(
+                    "SELECT created, rowid FROM requests WHERE id = ? AND owner = ?", (after, owner)
+                ).fetchone()
+                if last is None:
+                    return None
+            return connection.execute(
+                "SELECT * FROM requests WHERE owner = ? AND (created, rowid) < (?, ?)"
+                " ORDER BY created DESC, rowid DESC LIMIT ?",
+                (owner, *last, limit),
             ).fetchall()
-        )
+
+        rows = await self._run(select)
+        if rows is None:
+            raise NotFound("There is no request with the id in 'after', or it has expired.", param="after")
         return [entry(r) for r in rows]
 
     async def unfinished(self) -> list[Entry]:

@@ -19,7 +19,9 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     """One picture to draw. Sizes in pixels, multiples of 16.
 
     `image`: RGB rows of the canvas to start from, `skip` steps into the schedule. `mask`: a byte for each pixel of the
-    canvas, not 0 where it is to be repainted. `partials`: how many pictures to send on the way.
+    canvas, not 0 where it is to be repainted. `partials`: how many pictures to send on the way. `owner`: whose it is,
+    for fairness. `deadline`: when nobody wants it any more, on the machine's monotonic clock. `serial`: its number in
+    the pulse. `alone`: it shares no batch, because one that it was in has crashed.
     """
 
     id: str
@@ -35,6 +37,20 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
     partials: int = 0
+    owner: str = ""
+    deadline: float | None = None
+    serial: int = 0
+    alone: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Of a batch: two with real classifier-free guidance."""
+        return 1 if self.negative_prompt is None else 2
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of all rows."""
+        return self.width * self.height // 256 * self.rows
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -42,13 +58,15 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The warm-up picture is drawn. `step_seconds`: a step of it at the model's largest canvas, batch 1."""
+    """The warm-up picture is drawn. `step_seconds`: a step of it at the model's 1:1 canvas, alone; `token_seconds`: an
+    image token's share of that."""
 
     device: str
     precision: str
     load_seconds: float
     warm_up_seconds: float
     step_seconds: float
+    token_seconds: float
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):

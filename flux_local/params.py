@@ -36,7 +36,8 @@ class Parameter:
     """One row of the table.
 
     `default` is for reading: a word or two for what applies when the parameter is not given. `offered` names the
-    only values this version can honour; any other valid value answers `not_available`.
+    only values this version can honour; any other valid value answers `not_available`. `form`: a regular expression
+    for the whole of a string value, for the schema; `sizes` checks it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Parameter:
     aliases: tuple[str, ...] = ()
     routes: tuple[Route, ...] = ALL_ROUTES
     offered: tuple[Any, ...] | None = None
+    form: str | None = None
 
 
 PARAMETERS: tuple[Parameter, ...] = (
@@ -60,10 +62,13 @@ PARAMETERS: tuple[Parameter, ...] = (
               "The loaded model, by its own name, its folder's name or an OpenAI model's name."),
     Parameter("seed", "integer", "random", "passthrough",
               "Image i of n has seed + i. 0 is a seed. Always reported back.", 0, MAX_SEED),
-    Parameter("size", "string", "none", "converted", "`WxH` in pixels, `W:H`, or `auto`."),
-    Parameter("aspect_ratio", "string", "1:1", "converted", "`W:H`; the nearest of the size table is taken."),
+    Parameter("size", "string", "none", "converted", "`WxH` in pixels, `W:H`, or `auto`.",
+              form=sizes.SIZE_FORM),
+    Parameter("aspect_ratio", "string", "1:1", "converted", "`W:H`; the nearest of the size table is taken.",
+              form=sizes.RATIO_FORM),
     Parameter("resolution", "number or string", "1K", "converted",
-              "A tier (`0.5K`, `1K`, `4K`) or megapixels (`0.25`, `1`); the nearest the model has is taken."),
+              "A tier (`0.5K`, `1K`, `4K`) or megapixels (`0.25`, `1`); the nearest the model has is taken.",
+              form=sizes.RESOLUTION_FORM),
     Parameter("megapixels", "number or string", "none", "renamed", "`resolution` in megapixels.",
               choices=("0.25", "1")),
     Parameter("image", "file", "required", "converted", "The picture to start from: PNG, JPEG or WebP.",
@@ -243,8 +248,8 @@ def from_form(fields: Mapping[str, str]) -> dict[str, Any]:
 
 def form_value(kind: Kind, text: str) -> Any:
     match kind:
-        case "integer" if re.fullmatch(r"-?[0-9]{1,20}", text):
-            return int(text)
+        case "integer" if re.fullmatch(r"-?[0-9]{1,20}(\.0{1,20})?", text):
+            return int(text.partition(".")[0])
         case "number" if re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE]-?[0-9]{1,2})?", text):
             return float(text)
         case "boolean" if text.lower() in ("true", "1", "yes", "on"):
@@ -295,7 +300,8 @@ def canonical(raw: Mapping[str, Any], route: Route) -> tuple[dict[str, Any], lis
 def check(parameter: Parameter, name: str, value: Any) -> Any:
     """The value, if it is of the parameter's type, inside its range and offered."""
     value = typed(parameter, name, value)
-    if parameter.choices and str(value) not in parameter.choices:
+    shown = f"{value:g}" if parameter.kind == "number or string" and not isinstance(value, str) else str(value)
+    if parameter.choices and shown not in parameter.choices:
         allowed = ", ".join(parameter.choices)
         raise InvalidValue(f"'{name}' must be one of: {allowed}.", param=name)
     if parameter.kind == "string":
@@ -309,13 +315,13 @@ def check(parameter: Parameter, name: str, value: Any) -> Any:
 
 
 def typed(parameter: Parameter, name: str, value: Any) -> Any:
-    """The value if JSON gave it in the parameter's type; a boolean is no number, a string is no number."""
+    """The value if JSON gave it in the parameter's type: booleans and strings are no numbers, 7.0 is an integer."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     match parameter.kind:
         case "string" if isinstance(value, str):
             return value
-        case "integer" if isinstance(value, int) and not isinstance(value, bool):
-            return value
+        case "integer" if is_number and value == int(value):
+            return int(value)
         case "number" if is_number:
             return value
         case "boolean" if isinstance(value, bool):

@@ -1,46 +1,77 @@
 """Which pictures take the next step. Plain arithmetic over jobs; knows neither torch nor processes.
 
-A job is a canvas and a number of steps left. Between any two steps jobs may join, leave or be cancelled; those of
-one canvas advance together, whatever their steps, guidance, seeds and prompts.
+A job is a canvas and a number of steps left. Between any two steps jobs may join, leave or be cancelled; those of one
+canvas advance together, whatever their steps, guidance, seeds and prompts.
+
+Between keys the turn goes to the one that has had least of the device (start-time fair queueing); within a key to the
+job with the least remaining cost, less a share of the time that it has waited.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 AGEING = 0.5
-"""Of the seconds a job has waited, the share taken off its remaining cost, so that no job starves."""
+"""Of the seconds a job has waited, the share taken off its remaining cost. A job of R seconds that has waited R /
+AGEING yields to no job that comes later, so it waits at most that long and for what was there before."""
+
+Canvas = tuple[int, int]
+RowsLimit = Callable[[Canvas], int]
 
 
 @dataclass
 class Entry:
-    """A job as the scheduler sees it. `step_cost`: seconds for one step of it alone."""
+    """A job as the scheduler sees it.
+
+    `rows` of a batch that it takes: two with real classifier-free guidance. `step_cost`: seconds for a step of it
+    alone. `alone`: shares no batch, because one that it was in has failed.
+    """
 
     id: str
-    width: int
-    height: int
+    canvas: Canvas
     steps_left: int
     step_cost: float
     arrived: float
+    owner: str = ""
+    rows: int = 1
+    alone: bool = False
     order: int = field(default=0)
 
     def priority(self, now: float) -> tuple[float, int]:
         """Less is sooner: remaining seconds, less what it has earned by waiting; then first come."""
         return (self.steps_left * self.step_cost - AGEING * (now - self.arrived), self.order)
 
+    def kind(self) -> Hashable:
+        """What jobs must have in common to share a step."""
+        return self.canvas if not self.alone else (self.canvas, self.id)
+
 
 class Scheduler:
-    """The jobs that are not done yet."""
+    """The jobs that are not done yet.
 
-    def __init__(self, batch_limit: int) -> None:
-        self.batch_limit = batch_limit
+    Args:
+        rows_limit: rows that a batch of a canvas may have; asked anew for each batch.
+        sizes: numbers of rows that a batch may have, ascending from 1. Few, so that shapes are few.
+    """
+
+    def __init__(self, rows_limit: RowsLimit, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> None:
+        self.rows_limit = rows_limit
+        self.sizes = sizes
         self.entries: dict[str, Entry] = {}
+        self.served: dict[str, float] = {}
         self._order = 0
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def add(self, entry: Entry) -> None:
+        """A newcomer's key starts level with the one that has had least, so that absence earns no credit."""
+        active = {e.owner for e in self.entries.values()}
+        if entry.owner not in active:
+            level = min((self.served[owner] for owner in active), default=0.0)
+            self.served[entry.owner] = max(level, self.served.get(entry.owner, 0.0) if active else 0.0)
+        self.served = {o: s for o, s in self.served.items() if o in active or o == entry.owner}
         entry.order = self._order
         self._order += 1
         self.entries[entry.id] = entry
@@ -50,16 +81,26 @@ class Scheduler:
         return self.entries.pop(id, None) is not None
 
     def next_batch(self, now: float) -> list[str]:
-        """The most urgent job, and the most urgent of those that fit with it; empty if there is nothing to do."""
+        """The most urgent job and those that go with it; empty only if there is nothing to do."""
         if not self.entries:
             return []
-        urgent = sorted(self.entries.values(), key=lambda entry: entry.priority(now))
+        urgent = sorted(self.entries.values(), key=lambda e: (self.served[e.owner], *e.priority(now)))
         first = urgent[0]
-        alike = [e.id for e in urgent if (e.width, e.height) == (first.width, first.height)]
-        return alike[: self.batch_limit]
+        alike = [e for e in urgent if e.kind() == first.kind()]
+        return [e.id for e in self.fitting(alike)]
 
-    def stepped(self, id: str) -> int:
-        """Counts a step; returns the steps left."""
+    def fitting(self, alike: list[Entry]) -> list[Entry]:
+        """As many of them, in order, as make up the largest number of rows allowed; the first in any case."""
+        limit = self.rows_limit(alike[0].canvas)
+        sums = [0]
+        for entry in alike:
+            sums.append(sums[-1] + entry.rows)
+        best = max((n for n in range(1, len(sums)) if sums[n] in self.sizes and sums[n] <= limit), default=1)
+        return alike[:best]
+
+    def stepped(self, id: str, seconds: float = 0.0) -> int:
+        """Counts a step that took its share of so many seconds of the device; returns the steps left."""
         entry = self.entries[id]
         entry.steps_left -= 1
+        self.served[entry.owner] += seconds
         return entry.steps_left

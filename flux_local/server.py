@@ -19,13 +19,16 @@ from flux_local.api.requests import Requests
 from flux_local.api.work import Services
 from flux_local.config import Settings, is_loopback
 from flux_local.decoder import SafeDecoder
-from flux_local.dispatch import Dispatcher
+from flux_local.dispatch import Dispatcher, Limits
 from flux_local.errors import AlreadyTaken, SettingsError
 from flux_local.history import History
 from flux_local.messages import Ready
 from flux_local.store import Store
 
 DRAIN_SECONDS = 60
+KEEP_ALIVE_SECONDS = 75
+"""For which a connection without a request is kept; longer than clients' pools keep theirs, so that none is cut just as
+it is used again."""
 SWEEP_SECONDS = 600
 STEP_OF_SIGNAL = 0.05
 
@@ -44,14 +47,23 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
     model = weights.info(folder)
     store = Store(Path(settings.data_dir).expanduser(), settings.url_lifetime)
     listener = bind(settings.host, settings.port)
-    dispatcher = Dispatcher(folder, settings.device, settings.max_waiting)
+    limits = Limits(
+        pictures=settings.max_waiting,
+        seconds=settings.max_wait,
+        share=settings.key_share if len(settings.keys()) > 1 else 1.0,
+        patience=settings.engine_timeout,
+        max_falls=settings.engine_falls,
+        window=settings.engine_window,
+    )
+    dispatcher = Dispatcher(folder, settings.device_list(), limits)
     history = History(Path(settings.data_dir).expanduser(), settings.url_lifetime)
     decoder = SafeDecoder()
     services = Services(settings, model, dispatcher, store, history, decoder, int(time.time()))
     requests = Requests(services)
     app = create_app(services, requests)
     server = Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=DRAIN_SECONDS,
-                                   http="h11", server_header=False, access_log=False))  # fmt: skip
+                                   http="h11", server_header=False, access_log=False,
+                                   timeout_keep_alive=KEEP_ALIVE_SECONDS))  # fmt: skip
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)

@@ -53,6 +53,15 @@ TIERS: dict[str, float] = {"0.5K": 0.25, "1K": 1.0}
 """Tier → its share of the 1K tier's area."""
 
 
+NUMBER = r"(?:[1-9][0-9]{0,4}(?:\.[0-9]{1,5})?|0\.[0-9]{0,4}[1-9][0-9]{0,4})"
+"""A positive decimal number."""
+SIDE = r"(?:[1-9][0-9]{0,3}|1[0-3][0-9]{3}|140[0-9]{2}|141[0-3][0-9]|1414[0-2])"
+"""1 … MAX_SIDE."""
+RATIO_FORM = rf"{NUMBER}:{NUMBER}"
+SIZE_FORM = rf"(?:auto|{SIDE}x{SIDE}|{RATIO_FORM})"
+RESOLUTION_FORM = rf"{NUMBER}[kK]?"
+
+
 @dataclass(frozen=True)
 class CanvasRange:
     """The areas, in pixels, that a model was trained to compose."""
@@ -71,10 +80,10 @@ def parse_size(text: str) -> Size | str | None:
         return None
     if match := re.fullmatch(r"([0-9]{1,9})[xX]([0-9]{1,9})", text):
         size = Size(int(match[1]), int(match[2]))
-        if not (1 <= size.width <= MAX_SIDE and 1 <= size.height <= MAX_SIDE):
+        if not re.fullmatch(SIZE_FORM, text.lower()):
             raise InvalidValue(f"Each side of 'size' must be between 1 and {MAX_SIDE} pixels.", param="size")
         return size
-    if re.fullmatch(r"[0-9.]{1,9}:[0-9.]{1,9}", text):
+    if ":" in text:
         parse_ratio(text, param="size")
         return text
     raise InvalidValue(
@@ -88,10 +97,10 @@ def parse_ratio(text: str, param: str = "aspect_ratio") -> float:
     Raises:
         InvalidValue: not two positive numbers with a colon between.
     """
-    match = re.fullmatch(r"(\d{1,5}(?:\.\d{1,5})?):(\d{1,5}(?:\.\d{1,5})?)", text, re.ASCII)
-    if not match or not (float(match[1]) > 0 and float(match[2]) > 0):
+    if not re.fullmatch(RATIO_FORM, text):
         raise InvalidValue(f"'{param}' must be like '16:9': two positive numbers with a colon between.", param=param)
-    return float(match[1]) / float(match[2])
+    width, _, height = text.partition(":")
+    return float(width) / float(height)
 
 
 def parse_resolution(value: str | float) -> float:
@@ -100,11 +109,12 @@ def parse_resolution(value: str | float) -> float:
     Raises:
         InvalidValue: neither, or not positive.
     """
-    text = str(value)
-    if match := re.fullmatch(r"(\d{1,5}(?:\.\d{1,5})?)([kK]?)", text, re.ASCII):
-        number = float(match[1])
-        if number > 0:
-            return number**2 if match[2] else number
+    if not isinstance(value, str):
+        if value > 0:
+            return float(value)
+    elif re.fullmatch(RESOLUTION_FORM, value):
+        number = float(value.rstrip("kK"))
+        return number if value == value.rstrip("kK") else number**2
     raise InvalidValue(
         "'resolution' must be a tier like '0.5K', '1K' or '4K', or a number of megapixels like 0.25 or 1.",
         param="resolution",

@@ -4,8 +4,10 @@
     scripts/bench.py                              start a server with the embedded model and measure it
     scripts/bench.py --url http://host:8000       measure a server that runs
 
-The bare pipeline (prompt to PNG in one process, no HTTP, no queue) is measured first, as the floor, where this script
-starts the server itself. The last line is one JSON document. Times are wall-clock seconds.
+Where this script starts the server itself, the bare pipeline (prompt to PNG in one process, no HTTP, no queue) is the
+floor: it and a lone client's requests take turns, picture by picture, and what the server adds is the median of the
+differences, so that a machine whose speed drifts drifts for both. The last line is one JSON document. Times are
+wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ def own_server(o: argparse.Namespace) -> Iterator[tuple[str, float]]:
         environment = {n: v for n, v in os.environ.items() if not n.startswith("FLUX_LOCAL_")}
         process = subprocess.Popen(
             [sys.executable, "-m", "flux_local", "serve", "--port", "0", "--data-dir", folder, "--model", o.model,
-             "--device", o.device],
+             "--devices", o.device],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=environment,
         )  # fmt: skip
         try:
@@ -107,24 +109,45 @@ def own_server(o: argparse.Namespace) -> Iterator[tuple[str, float]]:
             process.wait()
 
 
+def requester(o: argparse.Namespace, client: httpx.Client) -> Callable[[int], None]:
+    """One picture from the server."""
+    body: dict[str, Any] = {"size": o.size, "steps": o.steps, "response_format": "b64_json"}
+
+    def request(seed: int) -> None:
+        answer = client.post("/v1/images/generations", json={**body, "prompt": prompt_of(seed), "seed": abs(seed)})
+        answer.raise_for_status()
+
+    return request
+
+
+def client_of(o: argparse.Namespace, url: str, connections: int) -> httpx.Client:
+    headers = {"authorization": f"Bearer {o.key}"} if o.key else {}
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    return httpx.Client(base_url=url, headers=headers, timeout=600, limits=limits)
+
+
+def added(o: argparse.Namespace, draw: Callable[[int], None], url: str) -> dict[str, float]:
+    """The bare pipeline and a lone client in turns."""
+    with client_of(o, url, 1) as client:
+        request = requester(o, client)
+        for seed in range(-3, 0):
+            draw(seed)
+            request(seed)
+        pairs = [(timed(partial(draw, seed)), timed(partial(request, seed))) for seed in range(o.requests)]
+    return {
+        "bare_pipeline_s": statistics.median(b for b, _ in pairs),
+        "server_s": statistics.median(s for _, s in pairs),
+        "added_s": statistics.median(s - b for b, s in pairs),
+    }
+
+
 def measure(o: argparse.Namespace, url: str, concurrency: int) -> dict[str, float]:
     """Latency and throughput of `requests` pictures with so many clients at once."""
-    headers = {"authorization": f"Bearer {o.key}"} if o.key else {}
-    body: dict[str, Any] = {"size": o.size, "steps": o.steps, "response_format": "b64_json"}
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    with (
-        httpx.Client(base_url=url, headers=headers, timeout=600, limits=limits) as client,
-        concurrent.futures.ThreadPoolExecutor(concurrency) as pool,
-    ):
+    with client_of(o, url, concurrency) as client, concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+        request = requester(o, client)
 
         def one(seed: int) -> float:
-            def call() -> None:
-                answer = client.post(
-                    "/v1/images/generations", json={**body, "prompt": prompt_of(seed), "seed": abs(seed)}
-                )
-                answer.raise_for_status()
-
-            return timed(call)
+            return timed(partial(request, seed))
 
         list(pool.map(one, range(-concurrency, 0)))  # warm-up: connections, caches, first shapes
         began = time.perf_counter()
@@ -140,31 +163,38 @@ def measure(o: argparse.Namespace, url: str, concurrency: int) -> dict[str, floa
 def main() -> None:
     o = options()
     console = Console(stderr=False)
-    result: dict[str, Any] = {"size": o.size, "steps": o.steps, "requests": o.requests, "cpu": platform.processor()}
-    console.print(f"{o.size}, {o.steps} steps, {o.requests} requests for each row")
+    result: dict[str, Any] = {"size": o.size, "steps": o.steps, "requests": o.requests, "cpu": cpu()}
+    console.print(f"{o.size}, {o.steps} steps, {o.requests} requests for each row, {result['cpu']}")
     with contextlib.ExitStack() as stack:
         if o.url:
             url = o.url.rstrip("/").removesuffix("/v1")
         else:
             draw = bare(o)
-            for seed in range(3):
-                draw(seed)
-            result["bare_pipeline_s"] = statistics.median(timed(partial(draw, seed)) for seed in range(o.requests))
-            console.print(f"bare pipeline, prompt to PNG in one process: {1e3 * result['bare_pipeline_s']:.1f} ms")
             url, result["start_to_ready_s"] = stack.enter_context(own_server(o))
+            result |= added(o, draw, url)
+            console.print(f"bare pipeline, prompt to PNG in one process: {1e3 * result['bare_pipeline_s']:.1f} ms")
+            console.print(
+                f"the same from the server, in turns: {1e3 * result['server_s']:.1f} ms, "
+                f"{1e3 * result['added_s']:+.1f} ms"
+            )
             console.print(f"start to ready: {result['start_to_ready_s']:.1f} s")
-        table = Table("clients", "p50", "p95", "pictures/s", "over the bare pipeline")
+        table = Table("clients", "p50", "p95", "pictures/s")
         for concurrency in o.concurrency:
             row = measure(o, url, concurrency)
-            added = ""
-            if concurrency == 1 and "bare_pipeline_s" in result:
-                row["added_s"] = row["p50_s"] - result["bare_pipeline_s"]
-                added = f"+{1e3 * row['added_s']:.1f} ms"
             result[f"concurrency_{concurrency}"] = row
             shown = (f"{1e3 * row['p50_s']:.0f} ms", f"{1e3 * row['p95_s']:.0f} ms", f"{row['pictures_per_s']:.2f}")
-            table.add_row(str(concurrency), *shown, added)
+            table.add_row(str(concurrency), *shown)
         console.print(table)
     print(json.dumps(result))
+
+
+def cpu() -> str:
+    """The processor's name and the number of cores this process may use."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{len(os.sched_getaffinity(0))} cores of {line.partition(':')[2].strip()}"
+    return f"{os.cpu_count()} cores, {platform.machine()}"
 
 
 if __name__ == "__main__":

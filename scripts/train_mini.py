@@ -58,10 +58,12 @@ def export(out: Path, autoencoder: Any, painter: Any) -> None:
     """The diffusers folder in fp16, and the small file with what the server should know of the model."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from mini import flow
 
+    few, many = flow.SHIFTS
     scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
-        max_image_seq_len=4096,
+        use_dynamic_shifting=True, shift=3.0, base_image_seq_len=few, base_shift=flow.SHIFTS[few],
+        max_image_seq_len=many, max_shift=flow.SHIFTS[many],
     )  # fmt: skip
     pipeline = FluxPipeline(
         scheduler=scheduler,

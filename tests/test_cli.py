@@ -63,11 +63,38 @@ def test_generate_draws_what_the_server_draws(tmp_path: Path, server: object) ->
     assert (tmp_path / "b.png").read_bytes() == served
 
 
+def test_generate_edits_what_the_server_edits(tmp_path: Path, server: object) -> None:
+    import base64
+
+    from tests.servers import Server
+
+    assert isinstance(server, Server)
+    picture = Image.new("RGBA", (144, 128), "blue")
+    picture.save(tmp_path / "in.png")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    picture.save(tmp_path / "mask.png")
+
+    def url(name: str) -> str:
+        return "data:image/png;base64," + base64.b64encode((tmp_path / name).read_bytes()).decode()
+
+    body = {"prompt": "a red circle", "seed": 5, "steps": 6, "strength": 0.5, "image": url("in.png"),
+            "mask": url("mask.png"), "negative_prompt": "a star", "true_cfg_scale": 2,
+            "response_format": "b64_json"}  # fmt: skip
+    answer = server.post(body, "/v1/images/edits").json()
+    done = flux("generate", "a red circle", "-o", "e.png", "--seed", "5", "--steps", "6", "--strength", "0.5",
+                "--image", "in.png", "--mask", "mask.png", "--negative-prompt", "a star", "--true-cfg-scale", "2",
+                cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "e.png").read_bytes() == base64.b64decode(answer["data"][0]["b64_json"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [(("generate", "x", "--steps", "1000"), 2), (("generate", "x", "-o", "a.bmp"), 2),
-     (("generate", "x", "--model", "nowhere"), 4), (("generate", "x", "--device", "cuda:7"), 1),
-     (("generate",), 2), (("fly",), 2), (("serve", "--wings", "2"), 2)],
+     (("generate", "x", "--model", "nowhere"), 4), (("generate", "x", "--devices", "cuda:7"), 1),
+     (("generate", "x", "--image", "none.png"), 2), (("generate", "x", "--mask", "none.png"), 2),
+     (("generate", "x", "--image", str(ROOT / "README.md")), 2), (("generate", "x", "--seed", "many"), 2),
+     (("generate", "x", "--go-fast", "true"), 2), (("generate",), 2), (("fly",), 2), (("serve", "--wings", "2"), 2)],
 )  # fmt: skip
 def test_mistakes_have_a_sentence_and_a_code(arguments: tuple[str, ...], code: int, tmp_path: Path) -> None:
     done = flux(*arguments, cwd=tmp_path)

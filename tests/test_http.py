@@ -254,3 +254,26 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     began = time.monotonic()
     assert server.post({"prompt": "x", "size": "128x128", "steps": 1}).status_code == 200
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [("PUT", "/v1/images/requests/req_x", "GET, DELETE"), ("GET", "/v1/images/edits", "POST"),
+     ("DELETE", "/health", "GET"), ("POST", "/v1/models", "GET")],
+)  # fmt: skip
+def test_a_wrong_method_is_told_the_right_ones(server: Server, method: str, path: str, allow: str) -> None:
+    answer = httpx.request(method, server.url + path)
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == allow
+    assert answer.json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics"])
+def test_what_is_to_come_says_so(server: Server, path: str) -> None:
+    answer = httpx.get(server.url + path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_available")
+
+
+def test_idempotency_keys_are_not_silently_dropped(server: Server) -> None:
+    answer = server.post({"prompt": "x", "steps": 1}, headers={"idempotency-key": "a"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_available")

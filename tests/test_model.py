@@ -16,6 +16,7 @@ from flux_local.errors import WeightsError
 from flux_local.model.latents import initial_noise, pack, position_ids, unpack
 from flux_local.model.loader import Pipeline, load
 from flux_local.model.schedule import FlowSchedule
+from flux_local.model.vae import finished
 from tests.servers import MODEL
 
 TOLERANCE = 1e-4
@@ -38,7 +39,7 @@ def drawn(pipeline: Pipeline, prompt: str, width: int, height: int, seed: int, s
     picture = pipeline.begin(embedding, width, height, seed=seed, steps=steps, guidance=guidance)
     while picture.steps_left:
         pipeline.denoiser.advance([picture])
-    return picture.latents, pipeline.vae.pixels(picture.latents, width, height)
+    return picture.latents, finished(pipeline.vae.layers(picture.latents, width, height))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

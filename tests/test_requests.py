@@ -152,3 +152,31 @@ def test_a_damaged_history_does_not_stop_the_server(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         assert server.post(BODY).status_code == 200
     assert list((tmp_path / "data").glob("history.corrupt-*"))
+
+
+def test_the_history_has_pages(server: Server) -> None:
+    made = [server.post({**BODY, "steps": 1}).json()["id"] for _ in range(3)]
+    url = server.url + "/v1/images/requests"
+    first = httpx.get(url, params={"limit": 2}).json()
+    assert [entry["id"] for entry in first["data"]] == [made[2], made[1]]
+    assert first["has_more"] is True
+    second = httpx.get(url, params={"limit": 1, "after": made[1]}).json()
+    assert [entry["id"] for entry in second["data"]] == [made[0]]
+    assert httpx.get(url, params={"after": "req_none"}).status_code == 404
+    for limit in ("0", "101", "x", "-1", "1e1"):
+        answer = httpx.get(url, params={"limit": limit})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "limit")
+
+
+def test_a_client_may_give_the_server_less_time(server: Server) -> None:
+    body = {**BODY, "steps": 100, "n": 10, "size": "192x192"}
+    late = server.post(body, headers={"x-request-timeout": "0.4"})
+    assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
+    newest = httpx.get(server.url + "/v1/images/requests").json()["data"][0]
+    assert (newest["status"], newest["error"]["code"]) == ("failed", "deadline_exceeded")
+    assert server.post(BODY, headers={"x-request-timeout": "60"}).status_code == 200
+    streamed = server.post({**body, "stream": True}, headers={"x-request-timeout": "0.4"})
+    assert "deadline_exceeded" in streamed.text
+    for wrong in ("soon", "0", "-1", "1e3", "nan"):
+        answer = server.post(BODY, headers={"x-request-timeout": wrong})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "X-Request-Timeout")

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from flux_local.scheduler import AGEING, Entry, Scheduler
 
 
-def entry(id: str, steps: int, width: int = 128, height: int = 128, cost: float = 1.0, arrived: float = 0.0) -> Entry:
-    return Entry(id, width, height, steps, cost, arrived)
+def entry(
+    id: str, steps: int, width: int = 128, cost: float = 1.0, arrived: float = 0.0, owner: str = "", **more: int
+) -> Entry:
+    return Entry(id, (width, 128), steps, cost, arrived, owner, **more)  # type: ignore[arg-type]
 
 
 def filled(limit: int, *entries: Entry) -> Scheduler:
-    scheduler = Scheduler(limit)
+    scheduler = Scheduler(lambda canvas: limit)
     for e in entries:
         scheduler.add(e)
     return scheduler
 
 
 def test_nothing_to_do() -> None:
-    assert Scheduler(4).next_batch(0) == []
+    assert filled(4).next_batch(0) == []
 
 
 def test_shortest_remaining_cost_first() -> None:
@@ -38,40 +41,146 @@ def test_waiting_earns_precedence() -> None:
 
 
 def test_one_canvas_a_batch() -> None:
-    scheduler = filled(4, entry("a", 4), entry("wide", 5, width=192), entry("b", 6), entry("c", 7))
-    assert scheduler.next_batch(0) == ["a", "b", "c"]
+    scheduler = filled(4, entry("a", 4), entry("wide", 5, width=192), entry("b", 6), entry("c", 7), entry("d", 8))
+    assert scheduler.next_batch(0) == ["a", "b", "c", "d"]
 
 
-def test_the_limit_holds() -> None:
-    assert len(filled(2, *(entry(str(i), 4) for i in range(5))).next_batch(0)) == 2
+def test_the_limit_holds_and_sizes_are_few() -> None:
+    jobs = [entry(str(i), 4) for i in range(9)]
+    assert [len(filled(limit, *jobs).next_batch(0)) for limit in (1, 2, 3, 4, 7, 8)] == [1, 2, 2, 4, 4, 8]
+    assert [len(filled(8, *jobs[:n]).next_batch(0)) for n in (1, 2, 3, 5)] == [1, 2, 2, 4]
 
 
-def test_jobs_leave_between_steps() -> None:
-    scheduler = filled(2, entry("a", 2), entry("b", 3))
-    assert scheduler.next_batch(0) == ["a", "b"]
-    assert scheduler.remove("a")
-    assert not scheduler.remove("a")
+def test_a_guided_job_is_two_rows() -> None:
+    assert filled(4, entry("g", 4, rows=2), entry("a", 5), entry("b", 6)).next_batch(0) == ["g", "a", "b"]
+    assert filled(2, entry("g", 4, rows=2), entry("a", 5)).next_batch(0) == ["g"]
+    assert filled(1, entry("g", 4, rows=2), entry("a", 5)).next_batch(0) == ["g"]
+
+
+def test_one_that_has_to_be_alone_is() -> None:
+    scheduler = filled(4, entry("a", 4, alone=True), entry("b", 5), entry("c", 6, alone=True))
+    assert scheduler.next_batch(0) == ["a"]
+    scheduler.remove("a")
     assert scheduler.next_batch(0) == ["b"]
-    assert scheduler.stepped("b") == 2
+
+
+def test_keys_take_turns_by_what_they_have_had() -> None:
+    scheduler = filled(1, *(entry(f"many{i}", 10, owner="x") for i in range(9)), entry("one", 10, owner="y"))
+    turns = []
+    for _ in range(20):
+        (id,) = scheduler.next_batch(0)
+        turns.append(scheduler.entries[id].owner)
+        if scheduler.stepped(id, 1.0) == 0:
+            scheduler.remove(id)
+    assert turns.count("y") == 10
+
+
+def test_absence_earns_no_credit() -> None:
+    scheduler = filled(1, entry("a", 100, owner="x"))
+    for _ in range(50):
+        scheduler.stepped(scheduler.next_batch(0)[0], 1.0)
+    scheduler.add(entry("b", 100, owner="y"))
+    turns = []
+    for _ in range(20):
+        (id,) = scheduler.next_batch(0)
+        scheduler.stepped(id, 1.0)
+        turns.append(id)
+    assert turns.count("a") == 10
 
 
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.sampled_from([128, 160, 192]), st.integers(0, 200)), min_size=1),
     st.integers(1, 4),
 )
-def test_every_job_ends_and_none_waits_beyond_the_bound(jobs: list[tuple[int, int, int]], limit: int) -> None:
-    """With one second a step, a job of k steps starts before the cost of all jobs, plus what ageing makes good."""
-    arrivals = sorted((arrived, str(i), steps, width) for i, (steps, width, arrived) in enumerate(jobs))
-    scheduler, now, finished = Scheduler(limit), 0.0, {}
-    total = sum(steps for steps, _, _ in jobs)
-    while arrivals or len(scheduler):
-        while arrivals and arrivals[0][0] <= now:
-            arrived, id, steps, width = arrivals.pop(0)
+def test_no_job_waits_beyond_the_bound(jobs: list[tuple[int, int, int]], limit: int) -> None:
+    """One second a step: a job of R seconds is done R / AGEING after it came, plus all work that was there by then."""
+    waiting = sorted((arrived, str(i), steps, width) for i, (steps, width, arrived) in enumerate(jobs))
+    came = {id: (float(arrived), steps) for arrived, id, steps, _ in waiting}
+    scheduler, now, finished = filled(limit), 0.0, dict[str, float]()
+    while waiting or len(scheduler):
+        while waiting and waiting[0][0] <= now:
+            arrived, id, steps, width = waiting.pop(0)
             scheduler.add(entry(id, steps, width=width, arrived=arrived))
         for id in scheduler.next_batch(now):
-            if scheduler.stepped(id) == 0:
-                finished[id] = now - scheduler.entries[id].arrived
+            if scheduler.stepped(id, 1.0) == 0:
+                finished[id] = now + 1
                 scheduler.remove(id)
         now += 1
-    assert len(finished) == len(jobs)
-    assert max(finished.values()) <= total / AGEING + total
+    assert set(finished) == set(came)
+    for id, end in finished.items():
+        arrived, steps = came[id]
+        turn = arrived + steps / AGEING
+        before = sum(s for a, s in came.values() if a <= turn)
+        assert end <= turn + before + 1
+
+
+class Machine(RuleBasedStateMachine):
+    """Submit, cancel, step, expire, crash in any order: every job ends exactly once, and only alike share a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limit = 4
+        self.scheduler = Scheduler(lambda canvas: self.limit)
+        self.steps: dict[str, int] = {}
+        self.ended: list[str] = []
+        self.now = 0.0
+        self.count = 0
+
+    def end(self, id: str) -> None:
+        assert self.scheduler.remove(id)
+        del self.steps[id]
+        self.ended.append(id)
+
+    @rule(steps=st.integers(1, 6), width=st.sampled_from([128, 192]), owner=st.sampled_from("xyz"),
+          rows=st.integers(1, 2), alone=st.booleans())  # fmt: skip
+    def submit(self, steps: int, width: int, owner: str, rows: int, alone: bool) -> None:
+        id = str(self.count)
+        self.count += 1
+        self.scheduler.add(Entry(id, (width, 128), steps, 1.0, self.now, owner, rows, alone))
+        self.steps[id] = steps
+
+    @precondition(lambda self: self.steps)
+    @rule(data=st.data())
+    def cancel_or_expire(self, data: st.DataObject) -> None:
+        self.end(data.draw(st.sampled_from(sorted(self.steps))))
+
+    @precondition(lambda self: self.steps)
+    @rule()
+    def step(self) -> None:
+        batch = self.scheduler.next_batch(self.now)
+        self.now += 1.0
+        assert batch, "work is never left lying"
+        assert len(set(batch)) == len(batch)
+        entries = [self.scheduler.entries[id] for id in batch]
+        assert len({e.canvas for e in entries}) == 1
+        assert len(batch) == 1 or not any(e.alone for e in entries)
+        assert len(batch) == 1 or sum(e.rows for e in entries) in (2, 4)
+        assert sum(e.rows for e in entries) <= max(self.limit, entries[0].rows)
+        for id in batch:
+            self.steps[id] -= 1
+            assert self.scheduler.stepped(id, 1.0 / len(batch)) == self.steps[id]
+            if self.steps[id] == 0:
+                self.end(id)
+
+    @precondition(lambda self: self.steps)
+    @rule()
+    def crash(self) -> None:
+        """Another engine begins with what is left, from the start."""
+        left = list(self.scheduler.entries.values())
+        self.scheduler = Scheduler(lambda canvas: self.limit)
+        for e in left:
+            self.scheduler.add(Entry(e.id, e.canvas, self.steps[e.id], 1.0, e.arrived, e.owner, e.rows, True))
+
+    @rule(limit=st.integers(1, 4))
+    def memory_changes(self, limit: int) -> None:
+        self.limit = limit
+
+    @invariant()
+    def nothing_is_lost_or_done_twice(self) -> None:
+        assert set(self.scheduler.entries) == set(self.steps)
+        assert len(self.ended) == len(set(self.ended))
+        assert len(self.ended) + len(self.steps) == self.count
+
+
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMachine = Machine.TestCase

@@ -11,8 +11,18 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
-from flux_local.errors import Answer, FluxError, InternalError, MethodNotAllowed, NotFound, answer_for
+from flux_local.errors import (
+    Answer,
+    FluxError,
+    GenerationInvalid,
+    InternalError,
+    MethodNotAllowed,
+    NotFound,
+    RequestCrashes,
+    answer_for,
+)
 
 log = logging.getLogger("flux_local.api")
 
@@ -32,8 +42,6 @@ def error_response(
     headers = {}
     if retry_after is not None:
         headers["retry-after"] = str(retry_after)
-    if answer.status == 500 and answer.code == "generation_invalid":
-        headers["x-should-retry"] = "false"
     body = {"error": {"message": message, "type": answer.type, "param": param, "code": answer.code}}
     return JSONResponse(body, answer.status, headers)
 
@@ -44,10 +52,23 @@ async def on_flux_error(_: Request, error: Exception) -> Response:
     if answer.status == 499:
         return Response(status_code=499)
     message = error.message if answer.code != "internal_error" or isinstance(error, InternalError) else GENERIC
-    return error_response(answer, message, error.param, error.retry_after)
+    response = error_response(answer, message, error.param, error.retry_after)
+    if isinstance(error, (GenerationInvalid, RequestCrashes)):
+        response.headers["x-should-retry"] = "false"
+    return response
 
 
-async def on_http_exception(_: Request, error: Exception) -> Response:
+def allowed_methods(request: Request) -> list[str]:
+    """What the path takes, over all routes that share it; the router's own answer knows of the first alone."""
+
+    def taken(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
+
+    return [method for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE") if taken(method)]
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
     """What the router itself refuses."""
     status = cast(HTTPException, error).status_code
     if status == 405:
@@ -58,6 +79,8 @@ async def on_http_exception(_: Request, error: Exception) -> Response:
         answer, message = Answer(status, "invalid_request_error", "invalid_value"), http.HTTPStatus(status).phrase
     response = error_response(answer, message)
     response.headers.update(cast(HTTPException, error).headers or {})
+    if status == 405:
+        response.headers["allow"] = ", ".join(allowed_methods(request))
     return response
 
 

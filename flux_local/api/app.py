@@ -18,7 +18,7 @@ import flux_local
 from flux_local.api import answers
 from flux_local.api.auth import KeyGate
 from flux_local.api.requests import Requests
-from flux_local.api.routes import probes, router
+from flux_local.api.routes import later_routes, probes, router
 from flux_local.api.work import Services
 
 PREFIXES = ("/v1", "/openai/v1", "")
@@ -31,6 +31,7 @@ def create_app(services: Services, requests: Requests) -> ASGIApp:
     app = FastAPI(title="flux-local", version=flux_local.__version__, docs_url=None, redoc_url=None)
     answers.install(app)
     app.include_router(probes(services))
+    app.include_router(later_routes())
     for prefix in PREFIXES:
         app.include_router(router(services, requests), prefix=prefix, include_in_schema=prefix == "/v1")
     add_docs(app)

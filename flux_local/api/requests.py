@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,12 @@ import msgspec
 from PIL import Image
 
 from flux_local.api.answers import error_body
-from flux_local.api.uploads import Source
 from flux_local.api.work import OnEvent, OnPicture, Services, Work
 from flux_local.errors import Cancelled, FluxError, InternalError
 from flux_local.history import FINAL, Entry
 from flux_local.messages import Partial, Step
 from flux_local.params import GenerationParams
+from flux_local.plan import Source
 
 log = logging.getLogger("flux_local.api")
 
@@ -54,25 +55,44 @@ class Requests:
         self.stopping = False
         self.synchronous = 0
 
-    async def run(
-        self, work: Work, owner: str, route: str, on_event: OnEvent | None = None, on_picture: OnPicture | None = None
-    ) -> dict[str, Any]:
-        """Does the work while its client waits, and keeps an account of it (unless `sync_mode`)."""
-        self.synchronous += 1
-        try:
-            if work.params.sync_mode:
-                return await work.run(on_event, on_picture)
-            self.services.dispatcher.admit(len(work.params.seeds))
-            await self._add(work, owner, route)
-            return await self._tracked(work, on_event, on_picture)
-        finally:
-            self.synchronous -= 1
+    async def begin(
+        self, work: Work, route: str, on_event: OnEvent | None = None, on_picture: OnPicture | None = None
+    ) -> asyncio.Task[dict[str, Any]]:
+        """Accepts work whose client waits, and keeps an account of it (unless `sync_mode`); the task is the answer's.
 
-    async def start(self, work: Work, owner: str, route: str) -> None:
+        Raises:
+            What `Dispatcher.admit` raises. StorageFull: no account can be kept.
+        """
+        with self._admitted(work):
+            if work.params.sync_mode:
+                doing = work.run(on_event, on_picture)
+            else:
+                await self.services.history.add(work.id, work.owner, route, as_run(work.params), None, "running")
+                doing = self._tracked(work, on_event, on_picture)
+            self.synchronous += 1
+            task = self._spawn(work, doing)
+            task.add_done_callback(self._answered)
+            return task
+
+    def _answered(self, _: object) -> None:
+        self.synchronous -= 1
+
+    async def start(self, work: Work, route: str) -> None:
         """Accepts the work; it goes on by itself, and is taken up again if the server is restarted."""
-        self.services.dispatcher.admit(len(work.params.seeds))
-        await self.services.history.add(work.id, owner, route, as_run(work.params), packed(work))
-        self._spawn(work)
+        with self._admitted(work):
+            await self.services.history.add(work.id, work.owner, route, as_run(work.params), packed(work))
+            self._spawn(work, self._tracked(work, None, None, whole=True))
+
+    @contextlib.contextmanager
+    def _admitted(self, work: Work) -> Iterator[None]:
+        """Room for the work, given back if it comes to nothing."""
+        pictures = 0 if work.plan.untouched else len(work.params.seeds)
+        self.services.dispatcher.admit(work.id, work.owner, pictures, work.plan.work)
+        try:
+            yield
+        except BaseException:
+            self.services.dispatcher.release(work.id)
+            raise
 
     async def resume(self) -> None:
         """Takes up what an earlier process was told to do, and closes what nobody waits for any more."""
@@ -81,7 +101,8 @@ class Requests:
                 error = error_body(InternalError("The server was stopped while it worked on this. Send it again."))
                 await self.services.history.finish(entry.id, "failed", error=error)
             else:
-                self._spawn(unpacked(entry, self.services))
+                work = unpacked(entry, self.services)
+                self._spawn(work, self._tracked(work, None, None, whole=True))
 
     async def stop(self) -> None:
         """Leaves accepted work for the next process."""
@@ -113,20 +134,16 @@ class Requests:
         await self.services.history.remove(id)
         return entry
 
-    async def _add(self, work: Work, owner: str, route: str) -> None:
-        """Enters a request whose client waits; if the client leaves meanwhile, the entry is closed, not forgotten."""
-        history = self.services.history
-        adding = asyncio.ensure_future(history.add(work.id, owner, route, as_run(work.params), None, "running"))
-        try:
-            await asyncio.shield(adding)
-        except asyncio.CancelledError:
-            await adding
-            await history.finish(work.id, "cancelled", error=error_body(CANCELLED))
-            raise
+    def _spawn(self, work: Work, doing: Coroutine[Any, Any, dict[str, Any]]) -> asyncio.Task[dict[str, Any]]:
+        task = asyncio.create_task(doing)
 
-    def _spawn(self, work: Work) -> None:
-        task = asyncio.create_task(self._tracked(work, None, None, whole=True))
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        def ended(task: asyncio.Task[Any]) -> None:
+            self.services.dispatcher.release(work.id)
+            if not task.cancelled():
+                task.exception()  # told to whoever waits; nobody has to
+
+        task.add_done_callback(ended)
+        return task
 
     async def _tracked(
         self, work: Work, on_event: OnEvent | None, on_picture: OnPicture | None, whole: bool = False
@@ -221,7 +238,7 @@ def files_of(body: dict[str, Any]) -> list[str]:
 
 
 def packed(work: Work) -> bytes:
-    source = work.source
+    source = work.plan.source
     stored = Stored(
         work.params,
         work.base_url,
@@ -239,4 +256,5 @@ def unpacked(entry: Entry, services: Services) -> Work:
     if stored.size is not None and stored.image is not None:
         mask = Image.frombytes("L", stored.size, stored.mask) if stored.mask else None
         source = Source(Image.frombytes("RGB", stored.size, stored.image), mask)
-    return Work(services, entry.id, stored.base_url, stored.params, source)
+    seconds = services.settings.request_timeout
+    return Work(services, entry.id, stored.base_url, services.plan(stored.params, source), entry.owner, seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,11 +12,12 @@ from starlette.responses import JSONResponse, Response
 from flux_local.api import bodies, schema, stream, uploads
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services, Work, base_url
-from flux_local.errors import Cancelled, InvalidValue, ModelNotFound, NotReady
+from flux_local.errors import Cancelled, InvalidValue, ModelNotFound, NotAvailable, NotReady
 from flux_local.params import PUBLIC_NAME, GenerationParams, Route, generation_params
+from flux_local.plan import Source
 from flux_local.sizes import Size
 
-HISTORY_PAGE = 100
+MAX_PAGE = 100
 
 
 def router(services: Services, requests: Requests) -> APIRouter:
@@ -54,11 +55,13 @@ def router(services: Services, requests: Requests) -> APIRouter:
         """Draw pictures like a picture."""
         return await with_image(request, "variations")
 
-    @routes.get("/images/requests", responses=schema.answers(schema.ENTRIES))
+    @routes.get("/images/requests", responses=schema.answers(schema.ENTRIES), openapi_extra=schema.PAGING)
     async def history(request: Request) -> dict[str, Any]:
-        """The newest requests of the caller's key, the newest first."""
-        entries = await services.history.page(owner(request), HISTORY_PAGE)
-        return {"object": "list", "data": [requests.view(entry) for entry in entries]}
+        """The newest requests of the caller's key, the newest first; `after` an id, those before it."""
+        limit = limit_of(request.query_params.get("limit"))
+        entries = await services.history.page(owner(request), limit + 1, request.query_params.get("after"))
+        views = [requests.view(entry) for entry in entries[:limit]]
+        return {"object": "list", "data": views, "has_more": len(entries) > limit}
 
     @routes.get("/images/requests/{id}", responses=schema.answers(schema.ENTRY))
     async def history_entry(request: Request, id: str) -> dict[str, Any]:
@@ -129,36 +132,64 @@ def probes(services: Services) -> APIRouter:
     return routes
 
 
+def limit_of(text: str | None) -> int:
+    """Entries on a page of the history."""
+    if text is None:
+        return MAX_PAGE
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_PAGE:
+        raise InvalidValue(f"'limit' must be between 1 and {MAX_PAGE}.", param="limit")
+    return int(text)
+
+
+def later_routes() -> APIRouter:
+    """Routes of the contract that this version does not have yet."""
+    routes = APIRouter()
+
+    @routes.get("/", include_in_schema=False)
+    @routes.get("/metrics", include_in_schema=False)
+    async def not_yet() -> None:
+        raise NotAvailable("This version has no web page and no metrics yet; see /docs and /v1/models.")
+
+    return routes
+
+
 def owner(request: Request) -> str:
     """Whose request this is: the digest of its key, empty where the server has no keys."""
     found: str = request.scope.get("owner", "")
     return found
 
 
-def work_of(
-    services: Services, request: Request, params: GenerationParams, source: uploads.Source | None = None
-) -> Work:
-    return Work(services, request.scope["request_id"], base_url(services.settings, request), params, source)
+def work_of(services: Services, request: Request, params: GenerationParams, source: Source | None = None) -> Work:
+    return Work(
+        services,
+        request.scope["request_id"],
+        base_url(services.settings, request),
+        services.plan(params, source),
+        owner(request),
+        timeout_of(request, services.settings.request_timeout),
+    )
 
 
 async def answer(request: Request, requests: Requests, route: Route, work: Work) -> Response:
     """Now, as a stream, or a promise: whatever the client asked for."""
+    if "idempotency-key" in request.headers:
+        raise NotAvailable("This version has no idempotency keys. Leave the header 'Idempotency-Key' out.")
     prefers = request.headers.get("prefer", "").lower()
     later = "respond-async" in (part.split(";")[0].strip() for part in prefers.split(","))
     if later:
         if work.params.stream or work.params.sync_mode:
             name = "stream" if work.params.stream else "sync_mode"
             raise InvalidValue(f"'{name}' does not go with 'Prefer: respond-async'; leave one out.", param=name)
-        await requests.start(work, owner(request), route)
+        await requests.start(work, route)
         entry = await requests.services.history.get(work.id, owner(request))
         location = f"{work.base_url}/v1/images/requests/{work.id}"
         headers = {"location": location, "preference-applied": "respond-async", **work.headers({"data": []})}
         return JSONResponse(requests.view(entry), 202, headers)
     if work.params.stream:
-        work.services.dispatcher.admit(len(work.params.seeds))
         family = "image_generation" if route == "generations" else "image_edit"
-        return stream.response(requests, work, owner(request), route, family)
-    body = await while_connected(request, requests.run(work, owner(request), route))
+        return await stream.response(requests, work, route, family)
+    task = await requests.begin(work, route)
+    body = await while_connected(request, task)
     return JSONResponse(body, headers=work.headers(body))
 
 
@@ -174,9 +205,18 @@ def model_object(services: Services, request: Request, name: str) -> dict[str, A
     return found
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    """The work's result; if the client goes away first, the work is cancelled."""
-    task = asyncio.ensure_future(work)
+def timeout_of(request: Request, limit: float) -> float:
+    """The seconds that the client gives by `X-Request-Timeout`, and no more than the server's own limit."""
+    text = request.headers.get("x-request-timeout")
+    if text is None:
+        return limit
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
+        raise InvalidValue("The header 'X-Request-Timeout' takes seconds, like 30 or 2.5.", param="X-Request-Timeout")
+    return min(float(text), limit)
+
+
+async def while_connected(request: Request, task: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:
+    """The task's result; if the client goes away first, the task is cancelled."""
     gone = asyncio.ensure_future(disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -98,8 +98,20 @@ def listed(item: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
         "required": ["object", "data"],
-        "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": item}},
+        "properties": {
+            "object": {"const": "list"},
+            "data": {"type": "array", "items": item},
+            "has_more": {"type": "boolean"},
+        },
     }
+
+
+PAGING = {
+    "parameters": [
+        {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 100}},
+        {"name": "after", "in": "query", "schema": {"type": "string"}},
+    ]
+}
 
 
 ENTRIES, MODELS = listed(ENTRY), listed(MODEL)
@@ -122,27 +134,36 @@ def answers(schema: dict[str, Any] | None = None) -> dict[int | str, dict[str, A
     return {200: pictures, 202: json_answer("Accepted, with Prefer: respond-async.", ENTRY), **ERRORS}
 
 
-def property_of(parameter: Parameter) -> dict[str, Any]:
-    """The JSON schema of one parameter. Null means not given."""
+def property_of(parameter: Parameter, required: bool) -> dict[str, Any]:
+    """The JSON schema of one parameter: what is accepted and honoured. Null means not given."""
     kinds: dict[str, Any] = {
         "file": {"type": "string", "format": "binary"},
-        "number or string": {"type": ["number", "string", "null"]},
+        "number or string": {"type": ["number", "string", "null"], "exclusiveMinimum": 0},
         "list": {"type": ["array", "null"], "items": {"type": "object"}},
     }
     found = kinds.get(parameter.kind) or {"type": [parameter.kind, "null"]}
     found["description"] = f"{parameter.description} Default: {parameter.default}."
-    if parameter.choices and parameter.kind == "string":
-        found["enum"] = [*parameter.choices, None]
+    values = parameter.offered or parameter.choices
+    if parameter.kind == "list":
+        if parameter.offered == ([],):
+            found["maxItems"] = 0
+    elif values:
+        found["enum"] = (
+            [*values, *map(float, values), None] if parameter.kind == "number or string" else [*values, None]
+        )
+    if parameter.form is not None:
+        found["pattern"] = f"^{parameter.form}$"
     if parameter.kind == "string" and parameter.high is not None:
         found["maxLength"] = int(parameter.high)
     elif parameter.low is not None and parameter.high is not None:
         found["minimum"], found["maximum"] = parameter.low, parameter.high
-    if parameter.name == "prompt":
+    if required:
         found["type"] = "string"
     return found
 
 
 def object_of(route: Route) -> dict[str, Any]:
+    """All parameters of a route. That two names of one parameter must agree is more than a schema can say."""
     rows = [parameter for parameter in PARAMETERS if route in parameter.routes]
     required = [parameter.name for parameter in rows if parameter.default == "required"]
     if route == "variations":
@@ -150,7 +171,9 @@ def object_of(route: Route) -> dict[str, Any]:
     return {
         "type": "object",
         "required": required,
-        "properties": {name: property_of(row) for row in rows for name in (row.name, *row.aliases)},
+        "properties": {
+            name: property_of(row, row.name in required) for row in rows for name in (row.name, *row.aliases)
+        },
         "additionalProperties": True,
     }
 
@@ -165,7 +188,11 @@ def image_body(route: Route) -> dict[str, Any]:
     in_json = object_of(route)
     for name in ("image", "mask"):
         if name in in_json["properties"]:
-            in_json["properties"][name] = {"type": "string", "description": "A data URL with base64."}
+            in_json["properties"][name] = {
+                "type": "string" if name == "image" else ["string", "null"],
+                "format": "image-data-url",
+                "description": "A data URL with base64.",
+            }
     content = {"multipart/form-data": {"schema": object_of(route)}, "application/json": {"schema": in_json}}
     return {"requestBody": {"required": True, "content": content}}
 

@@ -10,14 +10,15 @@ import base64
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from flux_local.api.answers import error_body
 from flux_local.api.requests import Requests
-from flux_local.api.work import OnEvent, OnPicture, Work
+from flux_local.api.work import Work
 from flux_local.errors import FluxError, InternalError
 from flux_local.messages import Done, Partial, Step
 
@@ -26,81 +27,102 @@ KEEP_ALIVE = 15.0
 
 log = logging.getLogger("flux_local.api")
 
-Draw = Callable[[OnEvent, OnPicture], Coroutine[Any, Any, dict[str, Any]]]
+
+async def response(requests: Requests, work: Work, route: str, family: str) -> EventStream:
+    """The stream of accepted work. `family`: `image_generation` or `image_edit`.
+
+    Raises:
+        What `Requests.begin` raises: until the first byte a refusal is a status like any other.
+    """
+    events = Events(work, family)
+    task = await requests.begin(work, route, events.on_event, events.on_picture)
+    return EventStream(events, task, work.headers({"data": []}))
 
 
-def response(requests: Requests, work: Work, owner: str, route: str, family: str) -> StreamingResponse:
-    """The stream. `family`: `image_generation` or `image_edit`."""
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    headers |= work.headers({"data": []})
+class EventStream(StreamingResponse):
+    """Ends the work when the answer ends, however it ends: read to the end, cut off, or never begun."""
 
-    def run(on_event: OnEvent, on_picture: OnPicture) -> Coroutine[Any, Any, dict[str, Any]]:
-        return requests.run(work, owner, route, on_event, on_picture)
+    def __init__(self, events: Events, task: asyncio.Task[dict[str, Any]], headers: dict[str, str]) -> None:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no", **headers}
+        super().__init__(events.encoded(task), media_type="text/event-stream", headers=headers)
+        self.task = task
 
-    return StreamingResponse(events(work, run, family), media_type="text/event-stream", headers=headers)
-
-
-async def events(work: Work, draw: Draw, family: str) -> AsyncIterator[bytes]:
-    """Encoded events, until the pictures are finished or have failed. Closing it cancels the work."""
-    queue: asyncio.Queue[tuple[str, dict[str, Any]] | None] = asyncio.Queue()
-    several = len(work.params.seeds) > 1
-    encoding: set[asyncio.Task[None]] = set()
-    last_partial: dict[int, asyncio.Task[None]] = {}
-
-    def common(index: int) -> dict[str, Any]:
-        return {**work.facts(), "created_at": int(time.time()), **({"index": index} if several else {})}
-
-    async def partial(index: int, message: Partial, before: asyncio.Task[None] | None) -> None:
-        data = await asyncio.to_thread(work.file, message.pixels, index)
-        if before is not None:
-            await before
-        body = {"partial_image_index": message.index, "b64_json": base64.b64encode(data).decode(), **common(index)}
-        queue.put_nowait((f"{family}.partial_image", body))
-
-    def on_event(index: int, event: Step | Partial) -> None:
-        if isinstance(event, Partial):
-            task = asyncio.create_task(partial(index, event, last_partial.get(index)))
-            last_partial[index] = task
-            encoding.add(task)
-            task.add_done_callback(encoding.discard)
-
-    async def completed(index: int, item: dict[str, Any], done: Done, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await before
-        queue.put_nowait((f"{family}.completed", {**item, **common(index), "usage": work.usage(done, 1)}))
-
-    def on_picture(index: int, item: dict[str, Any], done: Done) -> None:
-        task = asyncio.create_task(completed(index, item, done, last_partial.get(index)))
-        encoding.add(task)
-        task.add_done_callback(encoding.discard)
-
-    async def run() -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await draw(on_event, on_picture)
-            await asyncio.gather(*encoding)
-        except FluxError as error:
-            queue.put_nowait(("error", error_body(error)))
-        except Exception:  # the boundary of a request: the status is sent, only an event can tell
-            log.exception("request %s failed while streaming", work.id)
-            queue.put_nowait(("error", error_body(InternalError("The server failed on this request."))))
+            await super().__call__(scope, receive, send)
         finally:
-            queue.put_nowait(None)
+            self.task.cancel()
 
-    task = asyncio.create_task(run())
-    try:
-        yield b": generating\n\n"
-        while True:
-            try:
-                async with asyncio.timeout(KEEP_ALIVE):
-                    event = await queue.get()
-            except TimeoutError:
-                yield b": keep-alive\n\n"
-                continue
-            if event is None:
-                return
-            kind, body = event
-            payload = body if kind == "error" else {"type": kind, **body}
-            yield f"event: {kind}\ndata: {json.dumps(payload)}\n\n".encode()
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+
+class Events:
+    """What has happened to a request, in the order in which its client is told."""
+
+    def __init__(self, work: Work, family: str) -> None:
+        self.work = work
+        self.family = family
+        self.several = len(work.params.seeds) > 1
+        self.queue: asyncio.Queue[tuple[str, dict[str, Any]] | None] = asyncio.Queue()
+        self.encoding: set[asyncio.Task[None]] = set()
+        self.last: dict[int, asyncio.Task[None]] = {}
+
+    def on_event(self, index: int, event: Step | Partial) -> None:
+        if isinstance(event, Partial):
+            self._tell(index, self._partial(index, event, self.last.get(index)))
+
+    def on_picture(self, index: int, item: dict[str, Any], done: Done) -> None:
+        self._tell(index, self._completed(index, item, done, self.last.get(index)))
+
+    def _tell(self, index: int, telling: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(telling)
+        self.last[index] = task
+        self.encoding.add(task)
+        task.add_done_callback(self.encoding.discard)
+
+    async def _partial(self, index: int, message: Partial, before: asyncio.Task[None] | None) -> None:
+        data = await asyncio.to_thread(self.work.plan.file, index, message.pixels)
+        if before is not None:
+            await before
+        body = {"partial_image_index": message.index, "b64_json": base64.b64encode(data).decode()}
+        self.queue.put_nowait((f"{self.family}.partial_image", {**body, **self._common(index)}))
+
+    async def _completed(self, index: int, item: dict[str, Any], done: Done, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await before
+        body = {**item, **self._common(index), "usage": self.work.usage(done, 1)}
+        self.queue.put_nowait((f"{self.family}.completed", body))
+
+    def _common(self, index: int) -> dict[str, Any]:
+        return {**self.work.facts(), "created_at": int(time.time()), **({"index": index} if self.several else {})}
+
+    async def _follow(self, task: asyncio.Task[dict[str, Any]]) -> None:
+        """Puts the end of the request at the end of the queue."""
+        try:
+            await task
+            await asyncio.gather(*self.encoding)
+        except FluxError as error:
+            self.queue.put_nowait(("error", error_body(error)))
+        except Exception:  # the boundary of a request: the status is sent, only an event can tell
+            log.exception("request %s failed while streaming", self.work.id)
+            self.queue.put_nowait(("error", error_body(InternalError("The server failed on this request."))))
+        finally:
+            self.queue.put_nowait(None)
+
+    async def encoded(self, task: asyncio.Task[dict[str, Any]]) -> AsyncIterator[bytes]:
+        """The events as they come, until the pictures are finished or have failed."""
+        follower = asyncio.create_task(self._follow(task))
+        try:
+            yield b": generating\n\n"
+            while True:
+                try:
+                    async with asyncio.timeout(KEEP_ALIVE):
+                        event = await self.queue.get()
+                except TimeoutError:
+                    yield b": keep-alive\n\n"
+                    continue
+                if event is None:
+                    return
+                kind, body = event
+                payload = body if kind == "error" else {"type": kind, **body}
+                yield f"event: {kind}\ndata: {json.dumps(payload)}\n\n".encode()
+        finally:
+            follower.cancel()

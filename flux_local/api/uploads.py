@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -26,20 +25,13 @@ from flux_local.errors import (
     UnsupportedMediaType,
 )
 from flux_local.params import from_form
+from flux_local.plan import Source
 
 BODY_LIMIT = 64_000_000
 IMAGE_LIMIT = 50_000_000
 PARTS = 64
 
 Raw = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What an edit starts from: RGB, and a mask (L, not 0 where to repaint) of the same size."""
-
-    image: Image.Image
-    mask: Image.Image | None
 
 
 async def read(request: Request, decoder: SafeDecoder) -> tuple[dict[str, Any], Source]:

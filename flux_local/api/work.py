@@ -9,17 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
 from starlette.requests import Request
 
-from flux_local import images
-from flux_local.api.uploads import Source
 from flux_local.config import Settings
 from flux_local.decoder import SafeDecoder
 from flux_local.dispatch import Dispatcher
+from flux_local.errors import DeadlineExceeded
 from flux_local.history import History
-from flux_local.messages import Done, Job, Partial, Step
+from flux_local.messages import Done, Partial, Step
 from flux_local.params import GenerationParams, ModelInfo
+from flux_local.plan import Plan, Source
 from flux_local.store import Store
 
 
@@ -36,6 +35,9 @@ class Services:
     started: int
     """Unix time."""
 
+    def plan(self, params: GenerationParams, source: Source | None = None) -> Plan:
+        return Plan(params, source, self.model.name, self.settings.png_metadata)
+
 
 OnEvent = Callable[[int, Step | Partial], None]
 """Called with the picture's place among the request's n, and what happened to it."""
@@ -51,22 +53,39 @@ class Work:
     services: Services
     id: str
     base_url: str
-    params: GenerationParams
-    source: Source | None = None
+    plan: Plan
+    owner: str
+    seconds: float
+    """After which nobody wants it any more."""
+
+    @property
+    def params(self) -> GenerationParams:
+        return self.plan.params
 
     async def run(self, on_event: OnEvent | None = None, on_picture: OnPicture | None = None) -> dict[str, Any]:
         """Draws, encodes and stores all pictures; returns the answer's body. Cancelling it cancels its jobs.
 
         Raises:
-            What `Dispatcher.draw` and `Store.save` raise; the first failure cancels the other pictures.
+            DeadlineExceeded, and what `Dispatcher.draw` and `Store.save` raise; the first failure cancels the
+            other pictures.
         """
+        try:
+            async with asyncio.timeout(self.seconds):
+                return await self._run(on_event, on_picture)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "The time for this request passed first. Ask for fewer steps, or give more in 'X-Request-Timeout'."
+            ) from None
+
+    async def _run(self, on_event: OnEvent | None, on_picture: OnPicture | None) -> dict[str, Any]:
         started = time.monotonic()
-        self.services.dispatcher.admit(len(self.params.seeds))
-        original = await asyncio.to_thread(self._original)
+        deadline = started + self.seconds
+        if self.plan.source is not None:
+            await asyncio.to_thread(lambda: self.plan.original)
         pictures = range(len(self.params.seeds))
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._picture(i, original, on_event, on_picture)) for i in pictures]
+                tasks = [group.create_task(self._picture(i, deadline, on_event, on_picture)) for i in pictures]
         except* Exception as failures:
             raise first_of(failures) from None
         results = [task.result() for task in tasks]
@@ -86,71 +105,22 @@ class Work:
             headers["x-flux-prompt-truncated"] = "true"
         return headers
 
-    def _original(self) -> tuple[Image.Image, Image.Image | None] | None:
-        """The input and its mask at the delivered size."""
-        if self.source is None:
-            return None
-        size = self.params.delivered
-        mask = self.source.mask and images.covering(self.source.mask, size)
-        return images.covering(self.source.image, size), mask
-
-    def _job(self, index: int, original: tuple[Image.Image, Image.Image | None] | None) -> Job:
-        params = self.params
-        image: bytes | None = None
-        mask: bytes | None = None
-        if original is not None and (params.strength != 1 or original[1] is not None):
-            image = images.on_canvas(original[0], params.canvas, params.delivered).tobytes()
-            if original[1] is not None:
-                mask = images.on_canvas(original[1], params.canvas, params.delivered).tobytes()
-        return Job(
-            id=f"{self.id}-{index}",
-            prompt=params.prompt,
-            seed=params.seeds[index],
-            width=params.canvas.width,
-            height=params.canvas.height,
-            steps=params.steps,
-            guidance=params.guidance,
-            negative_prompt=params.negative_prompt,
-            true_cfg_scale=params.true_cfg_scale,
-            image=image,
-            mask=mask,
-            skip=params.steps - params.steps_run if image is not None else 0,
-            partials=params.partial_images if params.stream else 0,
-        )
-
     async def _picture(
-        self,
-        index: int,
-        original: tuple[Image.Image, Image.Image | None] | None,
-        on_event: OnEvent | None,
-        on_picture: OnPicture | None,
+        self, index: int, deadline: float, on_event: OnEvent | None, on_picture: OnPicture | None
     ) -> tuple[dict[str, Any], Done]:
         """One picture: its entry of `data`, and the engine's account of it."""
-        if original is not None and self.params.strength == 0:
+        if self.plan.untouched:
             done = Done("", b"", 0, self.params.prompt, 0.0, 0.0, 0.0, 0.0)
-            data = await asyncio.to_thread(self._encode, original[0], index)
+            data = await asyncio.to_thread(self.plan.file, index)
         else:
-            job = await asyncio.to_thread(self._job, index, original)
+            job = await asyncio.to_thread(self.plan.job, f"{self.id}-{index}", index, self.owner, deadline)
             notify = None if on_event is None else lambda event: on_event(index, event)
             done = await self.services.dispatcher.draw(job, notify)
-            data = await asyncio.to_thread(self.file, done.pixels, index, original)
+            data = await asyncio.to_thread(self.plan.file, index, done.pixels)
         item = await self._item(data, index, done)
         if on_picture is not None:
             on_picture(index, item, done)
         return item, done
-
-    def file(self, pixels: bytes, index: int, original: tuple[Image.Image, Image.Image | None] | None = None) -> bytes:
-        """The canvas's pixels as the file asked for; what a mask keeps is the input's own."""
-        picture = images.delivered(pixels, self.params.canvas, self.params.delivered)
-        if original is not None and original[1] is not None:
-            picture = images.keep_unmasked(picture, original[0], original[1])
-        return self._encode(picture, index)
-
-    def _encode(self, picture: Image.Image, index: int) -> bytes:
-        text = None
-        if self.services.settings.png_metadata:
-            text = images.parameters_text(self.params, self.params.seeds[index], self.services.model.name)
-        return images.encode(picture, self.params, text)
 
     async def _item(self, data: bytes, index: int, done: Done) -> dict[str, Any]:
         """One entry of the answer's `data`."""
@@ -187,7 +157,7 @@ class Work:
     def usage(self, done: Done, pictures: int) -> dict[str, Any]:
         """Tokens as the model counts them: T5's for the text, 16 by 16 pixels of canvas for pictures."""
         per_picture = self.params.canvas.area // 256
-        image = 0 if self.source is None else per_picture
+        image = 0 if self.plan.source is None else per_picture
         output = pictures * per_picture
         return {
             "input_tokens": done.text_tokens + image,

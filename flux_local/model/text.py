@@ -22,6 +22,10 @@ class PromptEmbedding:
     read: str
     """The part of the prompt that T5 read: all of it, unless it was too long."""
 
+    @property
+    def nbytes(self) -> int:
+        return self.states.nbytes + self.pooled.nbytes
+
 
 class PromptEncoder:
     """Both text encoders of FLUX.1 with their tokenizers."""

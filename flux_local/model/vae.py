@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Generator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from flux_local.model.latents import VAE_SCALE, pack, unpack
+
+T = TypeVar("T")
 
 
 class Autoencoder:
@@ -32,22 +35,54 @@ class Autoencoder:
         return pack(covered.expand(-1, channels, -1, -1)).to(self.vae.device)
 
     @torch.inference_mode()
-    def pixels(self, latents: Tensor, width: int, height: int) -> Tensor:
-        """[1, tokens, 64] → [3, height, width] in 0 … 1, fp32, not clamped. NaN where the model failed."""
+    def layers(self, latents: Tensor, width: int, height: int) -> Generator[None, None, Tensor]:
+        """[1, tokens, 64] → [3, height, width] in 0 … 1, fp32, not clamped: returned at the end of a generator.
+
+        Yields between layers, so that whoever has more to do than this one picture can do it meanwhile. NaN where the
+        model failed.
+        """
         spatial = unpack(latents, width, height)
         spatial = spatial / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        picture: Tensor = self.vae.decode(spatial.to(self.vae.dtype), return_dict=False)[0]
-        return picture[0].float() / 2 + 0.5
+        x = spatial.to(self.vae.dtype)
+        if self.vae.post_quant_conv is not None:
+            x = self.vae.post_quant_conv(x)
+        decoder = self.vae.decoder
+        x = decoder.mid_block(decoder.conv_in(x))
+        for block in decoder.up_blocks:
+            for resnet in block.resnets:
+                yield
+                x = resnet(x, None)
+            for upsampler in block.upsamplers or ():
+                yield
+                x = upsampler(x)
+        yield
+        x = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
+        return x[0].float() / 2 + 0.5
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, width: int, height: int) -> bytes:
-        """[1, tokens, 64] → RGB bytes, row by row, 3 · width · height of them.
+    def decoding(self, latents: Tensor, width: int, height: int) -> Generator[None, None, bytes]:
+        """As `layers`, to RGB bytes, row by row, 3 · width · height of them.
 
         Raises:
             ArithmeticError: the picture has a value that is not a finite number.
         """
-        picture = self.pixels(latents, width, height)
+        picture = yield from self.layers(latents, width, height)
         if not bool(torch.isfinite(picture).all()):
             raise ArithmeticError("the decoded picture holds values that are not finite")
         rounded = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
-        return rounded.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()
+        rows: bytes = rounded.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()
+        return rows
+
+    def decode(self, latents: Tensor, width: int, height: int) -> bytes:
+        """`decoding` in one go."""
+        return finished(self.decoding(latents, width, height))
+
+
+def finished(work: Generator[None, None, T]) -> T:
+    """What a generator returns, without its pauses."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result

@@ -125,10 +125,9 @@ def random_scene(rng: random.Random, width: int, height: int, pair: bool | None 
 
 
 def single(rng: random.Random, colour: str, shape: str, size: str, width: int, height: int) -> Thing:
-    """One thing, placed at random where it fits with a margin."""
+    """One thing, about the middle."""
     radius = rng.uniform(*RADII["single"][size])
-    mx, my = (1.25 * radius * min(width, height) / side for side in (width, height))
-    return Thing(colour, shape, size, (rng.uniform(mx, 1 - mx), rng.uniform(my, 1 - my)), radius)
+    return Thing(colour, shape, size, (rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58)), radius)
 
 
 def paired(
@@ -143,7 +142,7 @@ def paired(
         radius = rng.uniform(*RADII["pair"][size])
         in_first_half = (index == 0) == first_comes_first
         along = rng.uniform(0.25, 0.28) if in_first_half else rng.uniform(0.72, 0.75)
-        across = rng.uniform(0.36, 0.64)
+        across = rng.uniform(0.44, 0.56)
         centre = (along, across) if horizontal else (across, along)
         things.append(Thing(colour, shape, size, centre, radius))
     return Scene(background, tuple(things), relation)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 CHECKPOINT_EVERY = 250
 
 
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether a bf16 matmul beats fp32 here: not so on CPUs that have to emulate it."""
+    if device.type != "cpu":
+        return True
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(512, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        torch.mm(a, b)
+        began = time.perf_counter()
+        torch.mm(a, b)
+        seconds[dtype] = time.perf_counter() - began
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
 @dataclass
 class Run:
     """One training run: its seed, its device and the folder that holds its checkpoints and its record."""
@@ -32,9 +47,10 @@ class Run:
     def __post_init__(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
         self.console = Console()
+        self.bf16 = bf16_is_fast(self.device)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def resume(self, stage: str, model: torch.nn.Module, optimiser: torch.optim.Optimizer, **more: Any) -> int:
         """Loads the stage's checkpoint into what is given; returns the number of steps already done."""
@@ -60,19 +76,23 @@ class Run:
         torch.save(state, partial)
         os.replace(partial, self.work / f"{stage}.pt")
 
-    def one_cycle(
-        self, optimiser: torch.optim.Optimizer, steps: int, start: int, warm_up: int = 100, floor: float = 0.02
-    ) -> torch.optim.lr_scheduler.LambdaLR:
-        """Linear warm-up, then a cosine down to `floor` of the peak."""
+    def one_cycle(self, steps: int, warm_up: int = 100, floor: float = 0.02) -> Callable[[int], float]:
+        """The share of the peak learning rate at a step: linear warm-up, then a cosine down to `floor`."""
 
-        def factor(step: int) -> float:
-            done = min(1.0, (step + start) / steps)
-            cosine = 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item())
-            return min(1.0, (step + start + 1) / warm_up) * (floor + (1 - floor) * cosine)
+        def share(step: int) -> float:
+            cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+            return min(1.0, (step + 1) / warm_up) * (floor + (1 - floor) * cosine)
 
+        return share
+
+    def step(self, optimiser: torch.optim.Optimizer, loss: torch.Tensor, model: torch.nn.Module, share: float) -> None:
+        """One optimiser step at `share` of the peak rate, gradients clipped to norm 1."""
         for group in optimiser.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"])
-        return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+            group["lr"] = share * group.setdefault("peak", group["lr"])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
 
     @contextlib.contextmanager
     def progress(self, title: str, steps: int, start: int) -> Iterator[Callable[..., None]]:

@@ -95,7 +95,7 @@ def train(run: Run, steps: int) -> AutoencoderKL:
     vae = new_autoencoder().to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.99))
     start = run.resume("vae", vae, optimiser)
-    schedule = run.one_cycle(optimiser, steps, start)
+    rate = run.one_cycle(steps)
     stream = batches(run.seed, start)
     with run.progress("autoencoder", steps, start) as progress:
         for step in range(start, steps):
@@ -108,11 +108,7 @@ def train(run: Run, steps: int) -> AutoencoderKL:
             edge = torch.stack([F.l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True)]).sum()
             kl = posterior.kl().mean() / posterior.mean[0].numel()
             loss = l1 + 0.5 * edge + 1e-4 * kl + F.mse_loss(y, x)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
+            run.step(optimiser, loss, vae, rate(step))
             progress(step + 1, l1=l1.item(), edge=edge.item(), kl=kl.item())
             run.checkpoint("vae", step + 1, steps, vae, optimiser)
     vae.eval()

@@ -1,0 +1,103 @@
+"""A checked request as the engine's jobs, and the engine's pixels as the files that were asked for.
+
+Shared by the server and `flux-local generate`, so that both draw the same bytes. Knows neither HTTP nor torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from PIL import Image
+
+from flux_local import images
+from flux_local.messages import Job
+from flux_local.params import GenerationParams
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an edit starts from: RGB, and a mask (L, not 0 where to repaint) of the same size."""
+
+    image: Image.Image
+    mask: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What has to be drawn. Methods compute on pixels: keep them off an event loop.
+
+    Args:
+        model: the loaded model's name, for the picture's metadata.
+        metadata: whether a PNG tells its prompt and parameters.
+    """
+
+    params: GenerationParams
+    source: Source | None
+    model: str
+    metadata: bool = True
+
+    @cached_property
+    def original(self) -> Source | None:
+        """The source at the delivered size."""
+        if self.source is None:
+            return None
+        size, mask = self.params.delivered, self.source.mask
+        return Source(images.covering(self.source.image, size), mask and images.covering(mask, size))
+
+    @property
+    def untouched(self) -> bool:
+        """Strength 0: the answer is the source itself, and nothing is to be drawn."""
+        return self.original is not None and self.params.strength == 0
+
+    @property
+    def work(self) -> int:
+        """Of all pictures together: image tokens times steps."""
+        rows = 1 if self.params.negative_prompt is None else 2
+        return self.params.canvas.area // 256 * rows * self.params.steps_run * len(self.params.seeds)
+
+    def job(self, id: str, index: int, owner: str = "", deadline: float | None = None) -> Job:
+        """The job of picture `index`.
+
+        Args:
+            deadline: on the machine's monotonic clock.
+        """
+        params, original = self.params, self.original
+        image = mask = None
+        if original is not None and (params.strength != 1 or original.mask is not None):
+            image = images.on_canvas(original.image, params.canvas, params.delivered).tobytes()
+            if original.mask is not None:
+                mask = images.on_canvas(original.mask, params.canvas, params.delivered).tobytes()
+        return Job(
+            id=id,
+            prompt=params.prompt,
+            seed=params.seeds[index],
+            width=params.canvas.width,
+            height=params.canvas.height,
+            steps=params.steps,
+            guidance=params.guidance,
+            negative_prompt=params.negative_prompt,
+            true_cfg_scale=params.true_cfg_scale,
+            image=image,
+            mask=mask,
+            skip=params.steps - params.steps_run if image is not None else 0,
+            partials=params.partial_images if params.stream else 0,
+            owner=owner,
+            deadline=deadline,
+        )
+
+    def file(self, index: int, pixels: bytes | None = None) -> bytes:
+        """The file of picture `index` from its canvas's RGB rows; what a mask keeps is the source's own pixels.
+
+        Without pixels, the source's.
+        """
+        original = self.original
+        if pixels is None:
+            assert original is not None
+            picture = original.image
+        else:
+            picture = images.delivered(pixels, self.params.canvas, self.params.delivered)
+            if original is not None and original.mask is not None:
+                picture = images.keep_unmasked(picture, original.image, original.mask)
+        text = images.parameters_text(self.params, self.params.seeds[index], self.model) if self.metadata else None
+        return images.encode(picture, self.params, text)

@@ -1,0 +1,223 @@
+"""One engine process and its guardian: starts it, watches it, brings it back, and says what it was doing when it fell.
+
+Knows nothing of what the messages mean, and nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flux_local.errors import EngineDead, StartError
+from flux_local.messages import HEADER, FromEngine, Ready, StartFailed, ToEngine, decode_from_engine, frame
+from flux_local.pulse import Phase, Pulse
+
+LOOK_EVERY = 0.2
+"""Seconds between two looks at an engine that has work."""
+LOAD_LIMIT = 1800.0
+"""Seconds that loading and warming up may take."""
+FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+"""Signals that somebody else sends: no request is to blame for them."""
+
+log = logging.getLogger("flux_local.supervisor")
+
+
+@dataclass(frozen=True)
+class Fall:
+    """An engine that is no more. `serials`: of the jobs it had in hand. `inside`: whether they may be the cause."""
+
+    serials: tuple[int, ...]
+    inside: bool
+    why: str
+
+
+class Supervisor:
+    """Keeps one engine process running on one device.
+
+    Args:
+        patience: seconds that a phase of work may take before the engine counts as hung.
+        max_falls, window: so many falls in so many seconds, and it is given up.
+        busy: whether the engine owes anything; an idle engine's silence is no hang.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        patience: float,
+        max_falls: int,
+        window: float,
+        *,
+        busy: Callable[[Supervisor], bool],
+        on_message: Callable[[Supervisor, FromEngine], None],
+        on_ready: Callable[[Supervisor], None],
+        on_fall: Callable[[Supervisor, Fall], None],
+    ) -> None:
+        self.folder = folder
+        self.device = device
+        self.patience = patience
+        self.max_falls = max_falls
+        self.window = window
+        self.busy = busy
+        self.on_message = on_message
+        self.on_ready = on_ready
+        self.on_fall = on_fall
+        self.ready: Ready | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.sent = 0.0
+        self._falls: deque[float] = deque()
+        self._writer: asyncio.StreamWriter | None = None
+        self._pulse: Pulse | None = None
+        self._hung = False
+
+    async def run(self, started: asyncio.Future[Ready]) -> None:
+        """Until cancelled, or until the engine is given up.
+
+        Args:
+            started: gets the first start's outcome; a first start that fails is not tried again.
+
+        Raises:
+            EngineDead: too many falls.
+        """
+        try:
+            while True:
+                try:
+                    reader = await self._start()
+                except StartError as error:
+                    if not started.done():
+                        started.set_exception(error)
+                        return
+                    self._kill()
+                    log.error("the engine on %s did not start: %s", self.device, error.message)
+                else:
+                    if not started.done():
+                        assert self.ready is not None
+                        started.set_result(self.ready)
+                    await self._serve(reader)
+                await self._pause()
+        finally:
+            self._kill()
+
+    def send(self, message: ToEngine) -> None:
+        """Nothing happens if the engine is down."""
+        if self._writer is not None:
+            self.sent = time.monotonic()
+            self._writer.write(frame(message))
+
+    async def _serve(self, reader: asyncio.StreamReader) -> None:
+        """Hands messages on until the engine falls, and says how it fell."""
+        watch = asyncio.create_task(self._watch())
+        try:
+            with contextlib.suppress(EOFError):
+                while True:
+                    self.on_message(self, await self._receive(reader))
+        finally:
+            watch.cancel()
+        self.ready = None
+        assert self.process is not None and self._pulse is not None  # noqa: PT018
+        state = self._pulse.read()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.5)
+        code = self.process.returncode
+        inside = self._hung or code is None or code >= 0 or -code not in FROM_OUTSIDE
+        why = "hung" if self._hung else f"ended ({signal.Signals(-code).name if code and code < 0 else code})"
+        self._kill()
+        log.error("the engine on %s %s while in phase %s; starting another", self.device, why, state.phase.name)
+        self.on_fall(self, Fall(state.serials, inside, why))
+
+    async def _watch(self) -> None:
+        """Ends an engine that has been in one phase of work for too long."""
+        assert self._pulse is not None and self.process is not None  # noqa: PT018
+        while True:
+            await asyncio.sleep(min(LOOK_EVERY, self.patience / 4))
+            phase, since, _ = self._pulse.read()
+            if phase == Phase.IDLE:
+                # With work before it, idleness is a hang too; it begins with the latest message.
+                since = max(since, self.sent)
+            if self.busy(self) and time.monotonic() - since > self.patience:
+                self._hung = True
+                self.process.kill()
+                return
+
+    async def _pause(self) -> None:
+        """Before another start: none after the first fall, longer and longer after more.
+
+        Raises:
+            EngineDead: there have been too many.
+        """
+        now = time.monotonic()
+        self._falls.append(now)
+        while now - self._falls[0] > self.window:
+            self._falls.popleft()
+        if len(self._falls) >= self.max_falls:
+            raise EngineDead(
+                f"The engine on {self.device} fell {len(self._falls)} times in {self.window:.0f} s and is given up. "
+                "The log above says how; start the server again once that is mended."
+            )
+        if len(self._falls) > 1:
+            await asyncio.sleep(min(30.0, 2.0 ** (len(self._falls) - 2)) * (0.5 + secrets.randbelow(1000) / 1000))
+
+    async def _start(self) -> asyncio.StreamReader:
+        """Starts the process and waits for its warm-up picture.
+
+        Raises:
+            StartError: with the exit code that fits.
+        """
+        ours, theirs = socket.socketpair()
+        self._hung = False
+        self._pulse = Pulse()
+        command = [sys.executable, "-m", "flux_local.engine", "--fd", str(theirs.fileno()),
+                   "--pulse", str(self._pulse.descriptor), "--model", str(self.folder),
+                   "--device", self.device]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno(), self._pulse.descriptor], stdin=subprocess.DEVNULL
+        )
+        theirs.close()
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        try:
+            async with asyncio.timeout(LOAD_LIMIT):
+                message = await self._receive(reader)
+        except EOFError:
+            raise StartError("The engine process ended while loading. Its last words are above.") from None
+        except TimeoutError:
+            raise StartError("The engine process did not finish loading.") from None
+        if isinstance(message, StartFailed):
+            error = StartError(message.message)
+            error.exit_code = message.exit_code
+            raise error
+        assert isinstance(message, Ready)
+        self.ready = message
+        self.on_ready(self)
+        return reader
+
+    async def _receive(self, reader: asyncio.StreamReader) -> FromEngine:
+        """Raises EOFError when the engine has gone."""
+        try:
+            (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+            return decode_from_engine(await reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionResetError) as error:
+            raise EOFError from error
+
+    def _kill(self) -> None:
+        self.ready = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+        if self._pulse is not None:
+            self._pulse.close()
+            self._pulse = None

@@ -1,0 +1,230 @@
+"""The engine through the front door: batches that keep bits, and everything that can go wrong with it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.servers import Server, eventually, running
+
+PICTURE: dict[str, Any] = {"prompt": "a large red star on a blue background", "size": "128x128", "steps": 6,
+                           "response_format": "b64_json"}  # fmt: skip
+LONG = {**PICTURE, "steps": 60, "size": "192x192"}
+
+
+def pictures(answer: httpx.Response) -> list[str]:
+    assert answer.status_code == 200, answer.text
+    return [item["b64_json"] for item in answer.json()["data"]]
+
+
+def all_at_once(server: Server, bodies: list[dict[str, Any]], during: Callable[[], object] = int) -> list[Any]:
+    """The answers to so many clients; `during` is called while they wait."""
+    with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+        waiting = [pool.submit(server.post, body) for body in bodies]
+        during()
+        return [answer.result() for answer in waiting]
+
+
+def test_bytes_do_not_depend_on_company(server: Server) -> None:
+    """40 seeds alone, and the same 40 in random mixed traffic."""
+    rng = random.Random(7)
+    mixed = []
+    for seed in range(40):
+        body = {**PICTURE, "seed": seed, "steps": rng.randint(1, 8), "cfg_scale": rng.choice([1, 3.5, 4.5]),
+                "size": rng.choice(["128x128", "128x128", "192x192", "160x128"]),
+                "prompt": rng.choice(["a red circle", "a small blue heart on white", ""])}  # fmt: skip
+        if rng.random() < 0.3:
+            body |= {"negative_prompt": "a square", "true_cfg_scale": 2.5}
+        mixed.append(body)
+    alone = [pictures(server.post(body)) for body in mixed]
+    rng.shuffle(order := list(range(40)))
+    together = all_at_once(server, [mixed[i] for i in order])
+    for i, answer in zip(order, together, strict=True):
+        assert pictures(answer) == alone[i], mixed[i]
+
+
+def test_batches_are_faster_than_turns(server: Server) -> None:
+    """Eight pictures of one canvas take less of the device than eight times one: they do share steps."""
+    body = {**PICTURE, "steps": 40}
+
+    def denoise_seconds(answers: list[httpx.Response]) -> float:
+        return max(answer.json()["timings"]["denoise_s"] for answer in answers)
+
+    one = min(denoise_seconds([server.post(body)]) for _ in range(3))
+    four = denoise_seconds(all_at_once(server, [{**body, "seed": i} for i in range(4)]))
+    assert four < 3.2 * one
+
+
+def test_a_short_request_overtakes_a_long_one(server: Server) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        long = pool.submit(server.post, {**LONG, "steps": 100, "n": 4})
+        eventually(lambda: running_now(server))
+        began = time.monotonic()
+        assert server.post({**PICTURE, "steps": 2}).status_code == 200
+        short = time.monotonic() - began
+        assert not long.done()
+        assert long.result().status_code == 200
+        assert short < 0.5 * (time.monotonic() - began)
+
+
+def running_now(server: Server) -> bool:
+    newest = httpx.get(server.url + "/v1/images/requests", params={"limit": 1}).json()["data"]
+    return bool(newest and newest[0]["status"] == "running" and newest[0]["progress"]["step"] > 0)
+
+
+class Fallen:
+    """Eight clients wait while something happens to the engine."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        bodies = [{**LONG, "seed": i, "steps": 20 + i} for i in range(8)]
+        self.expected = [pictures(server.post(body)) for body in bodies]
+        self.bodies = bodies
+
+    def survives(self, number: signal.Signals, detected: float) -> None:
+        engine = self.server.engine()
+        log = len(self.server.output)
+
+        def strike() -> None:
+            eventually(lambda: running_now(self.server))
+            engine.send_signal(number)
+            eventually(lambda: "starting another" in self.server.output[log:], detected)
+            assert httpx.get(self.server.url + "/ready").status_code == 503
+            assert httpx.get(self.server.url + "/health").status_code == 200
+
+        answers = all_at_once(self.server, self.bodies, strike)
+        assert [pictures(answer) for answer in answers] == self.expected, "nothing is lost and nothing is changed"
+        self.server.wait_ready()
+        assert self.server.engine().pid != engine.pid
+
+
+SIGNALS = [(signal.SIGKILL, 1.0), (signal.SIGSEGV, 1.0), (signal.SIGSTOP, 4.0)]
+
+
+@pytest.mark.parametrize(("number", "detected"), SIGNALS)
+def test_a_fallen_engine_costs_nobody_anything(tmp_path: Path, number: signal.Signals, detected: float) -> None:
+    with running(tmp_path, "--engine-timeout", "2") as server:
+        Fallen(server).survives(number, detected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("number", "detected"), SIGNALS)
+def test_five_times_over(tmp_path: Path, number: signal.Signals, detected: float) -> None:
+    with running(tmp_path, "--engine-timeout", "2", "--engine-falls", "50") as server:
+        load = Fallen(server)
+        for _ in range(5):
+            load.survives(number, detected)
+
+
+def faulty(folder: Path, faults: str, *flags: str) -> Any:
+    return running(folder, *flags, FLUX_LOCAL_FAULTS=faults)
+
+
+def test_a_request_that_crashes_engines_takes_no_other_with_it(tmp_path: Path) -> None:
+    with faulty(tmp_path, "crash prompt=boom step=2") as server:
+        innocent = [{**PICTURE, "seed": i, "steps": 30} for i in range(4)]
+        expected = [pictures(server.post(body)) for body in innocent]
+        bodies = [*innocent, {**PICTURE, "prompt": "boom", "steps": 30}]
+        *others, guilty = all_at_once(server, bodies)
+        assert [pictures(answer) for answer in others] == expected
+        assert (guilty.status_code, guilty.headers["x-should-retry"]) == (500, "false")
+        engine = server.engine().pid
+        again = server.post({**PICTURE, "prompt": "boom", "steps": 30})
+        assert again.status_code == 500
+        assert "twice" in again.json()["error"]["message"]
+        assert server.engine().pid == engine, "it is refused without costing another engine"
+
+
+def test_a_hang_is_no_end(tmp_path: Path) -> None:
+    with faulty(tmp_path, "hang prompt=sleep step=1", "--engine-timeout", "2") as server:
+        both = all_at_once(server, [{**PICTURE, "prompt": "sleep"}, {**PICTURE, "seed": 3}])
+        assert [answer.status_code for answer in both] == [500, 200]
+
+
+def test_out_of_memory_splits_the_batch_and_the_engine_lives(tmp_path: Path) -> None:
+    with faulty(tmp_path, "oom batch=2; oom prompt=huge") as server:
+        engine = server.engine().pid
+        bodies = [{**PICTURE, "seed": i} for i in range(4)]
+        expected = [pictures(server.post(body)) for body in bodies]
+        assert [pictures(answer) for answer in all_at_once(server, bodies)] == expected
+        huge = server.post({**PICTURE, "prompt": "huge"})
+        assert (huge.status_code, huge.json()["error"]["code"]) == (500, "internal_error")
+        assert "memory" in huge.json()["error"]["message"]
+        assert server.engine().pid == engine
+
+
+def test_a_picture_that_is_not_finite_is_drawn_again_once(tmp_path: Path) -> None:
+    with faulty(tmp_path, "nan prompt=once step=2 times=1; nan prompt=always step=2") as server:
+        assert server.post({**PICTURE, "prompt": "once"}).status_code == 200
+        answer = server.post({**PICTURE, "prompt": "always"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "generation_invalid")
+        assert answer.headers["x-should-retry"] == "false"
+        assert server.post(PICTURE).status_code == 200
+
+
+def test_an_engine_that_keeps_falling_ends_the_server_with_70(tmp_path: Path) -> None:
+    with running(tmp_path, "--engine-falls", "2") as server:
+        for _ in range(2):
+            server.wait_ready()
+            engine = server.engine()
+            engine.kill()
+            eventually(lambda engine=engine: not engine.is_running() or engine.status() == "zombie")  # type: ignore[misc]
+        assert server.process.wait(20) == 70
+        assert "given up" in server.output
+
+
+def test_two_engines_share_the_work(tmp_path: Path) -> None:
+    with running(tmp_path, "--devices", "cpu,cpu") as server:
+        import psutil
+
+        engines = [c for c in psutil.Process(server.process.pid).children() if "flux_local.engine" in c.cmdline()]
+        assert len(engines) == 2
+        before = [sum(engine.cpu_times()[:2]) for engine in engines]
+        bodies = [{**PICTURE, "seed": i, "steps": 40} for i in range(4)]
+        answers = all_at_once(server, bodies)
+        spent = [sum(engine.cpu_times()[:2]) - b for engine, b in zip(engines, before, strict=True)]
+        assert min(spent) > 0.1, "each has drawn something"
+        assert pictures(answers[2]) == pictures(server.post(bodies[2]))
+        engines[0].kill()
+        assert [a.status_code for a in all_at_once(server, bodies)] == [200] * 4
+
+
+def test_more_than_can_be_promised_is_refused_with_an_honest_time(tmp_path: Path) -> None:
+    with faulty(tmp_path, "slow seconds=0.02", "--max-wait", "2") as server:
+        first = server.post({**LONG, "steps": 100}, headers={"prefer": "respond-async"})
+        assert first.status_code == 202, "a request that nothing is before is taken however long it is"
+        eventually(lambda: running_now(server))
+        refused = server.post({**LONG, "steps": 100})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        wait = int(refused.headers["retry-after"])
+        assert 1 <= wait <= 120
+        httpx.delete(first.headers["location"])
+        assert server.post(PICTURE).status_code == 200
+
+
+def test_a_key_has_its_share_and_no_more(tmp_path: Path) -> None:
+    with running(tmp_path, "--max-waiting", "8", FLUX_LOCAL_API_KEYS="one,two") as server:
+        one, two = ({"authorization": f"Bearer {key}", "prefer": "respond-async"} for key in ("one", "two"))
+        assert server.post({**LONG, "n": 4}, headers=one).status_code == 202
+        refused = server.post(LONG, headers=one)
+        assert refused.status_code == 429
+        assert "this key" in refused.json()["error"]["message"]
+        assert server.post(LONG, headers=two).status_code == 202
+
+
+def test_a_deadline_frees_the_place(tmp_path: Path) -> None:
+    with running(tmp_path, "--request-timeout", "1") as server:
+        began = time.monotonic()
+        late = server.post({**LONG, "steps": 100, "n": 10})
+        assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
+        assert time.monotonic() - began < 3
+        assert server.post({**PICTURE, "steps": 1}).status_code == 200
