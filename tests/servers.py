@@ -43,8 +43,16 @@ class Server:
 
     def engine(self) -> psutil.Process:
         """The engine process."""
-        children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if "flux_local.engine" in child.cmdline())
+        return self.engines()[0]
+
+    def engines(self) -> list[psutil.Process]:
+        """All engine processes that live."""
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+                if "flux_local.engine" in child.cmdline():
+                    found.append(child)
+        return found
 
     def wait_ready(self, limit: float = START_LIMIT) -> None:
         eventually(lambda: httpx.get(self.url + "/ready").status_code == 200, limit)

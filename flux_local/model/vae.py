@@ -57,7 +57,8 @@ class Autoencoder:
                 x = upsampler(x)
         yield
         x = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
-        return x[0].float() / 2 + 0.5
+        picture: Tensor = x[0].float() / 2 + 0.5
+        return picture
 
     @torch.inference_mode()
     def decoding(self, latents: Tensor, width: int, height: int) -> Generator[None, None, bytes]:
