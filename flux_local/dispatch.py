@@ -90,6 +90,7 @@ class Dispatcher:
 
     def __init__(self, folder: Path, devices: list[str], limits: Limits) -> None:
         self.limits = limits
+        self.started = False
         self.draining = False
         self.pending: dict[str, Pending] = {}
         self.held: dict[str, Held] = {}
@@ -123,6 +124,7 @@ class Dispatcher:
             self._running.append(task)
         readies = await asyncio.gather(*started)
         self.token_seconds = max(ready.token_seconds for ready in readies)
+        self.started = True
         return readies[0]
 
     async def stop(self) -> None:
@@ -172,11 +174,12 @@ class Dispatcher:
             work: image tokens times steps, of all pictures.
 
         Raises:
-            RateLimited: too much waits. NotReady: the engines are still starting, or the server stops.
+            RateLimited: too much waits. NotReady: the engines are still starting, or the server stops. An engine that
+            is being replaced refuses nothing: what is admitted meanwhile waits for it.
         """
         if self.draining:
             raise NotReady("The server is stopping. Send the request to another one, or try again.", retry_after=5)
-        if self.ready is None and not self.pending:
+        if not self.started:
             raise NotReady("The model is still loading. Try again in a few seconds.", retry_after=5)
         self._check_room(pictures, work, 1.0, None)
         if self.limits.share < 1:

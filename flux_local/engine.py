@@ -1,7 +1,7 @@
 """The engine process: owns one device, the model on it, and the only thread that touches either.
 
-`step` is schedule → denoise → deliver; messages are read between steps. Started by `dispatch` as its own program with
-one inherited socket, and gone as soon as the other end closes. Knows nothing of HTTP.
+A turn is: read messages, decode a layer, take a step. Started by `supervisor` as its own program with one inherited
+socket and one shared page, and gone as soon as the other end closes. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ BATCH_ROWS = 4
 """Rows of a batch at most. On two CPU cores four small pictures take twice the time of one, eight gain nothing more."""
 FULL_AT_TOKENS = 4096
 """Tokens of a step above which a device has no room to spare, so that batching would only make pictures wait."""
-PROMPT_CACHE_BYTES = 256 << 20
 REPORT_EVERY = 0.1
 """Seconds between two reports of a picture's progress. A small model's step takes a fifth of that, and every report
 wakes the server's process on the cores that the next step needs."""
@@ -84,7 +83,7 @@ class Engine:
         self.limits: dict[tuple[int, int], int] = {}
         self.work: dict[str, Work] = {}
         self.decoding: OrderedDict[str, Generator[None, None, bytes]] = OrderedDict()
-        self.prompts = PromptCache(pipeline.text.encode, PROMPT_CACHE_BYTES)
+        self.prompts = pipeline.prompt_cache()
         self.seconds_per_token = seconds_per_token
 
     def run(self) -> None:
@@ -161,7 +160,9 @@ class Engine:
         try:
             proved = self.pipeline.denoiser.independent(*canvas, rows, batch[0].picture.prompt)
         except Exception as error:
-            if not is_out_of_memory(error):
+            from flux_local.model import memory
+
+            if not memory.is_exhausted(error):
                 raise
             proved = False
         if not proved:
@@ -211,12 +212,14 @@ class Engine:
 
     def step_failed(self, batch: list[Work], error: Exception) -> None:
         """Out of memory, a batch is tried again in smaller ones, and a picture alone once more; else its jobs fail."""
-        if not is_out_of_memory(error):
+        from flux_local.model import memory
+
+        if not memory.is_exhausted(error):
             log.error("a step of %d pictures failed", len(batch), exc_info=error)
             for work in batch:
                 self.fail(work, InternalError(f"The model failed ({type(error).__name__}). Try again."))
             return
-        free_memory()
+        memory.free()
         canvas = (batch[0].job.width, batch[0].job.height)
         log.warning("out of memory with %d pictures of %dx%d", len(batch), *canvas)
         if len(batch) > 1:
@@ -284,43 +287,6 @@ class Engine:
     def fail(self, work: Work, error: FluxError) -> None:
         self.drop(work.job.id)
         self.channel.send(Failed(work.job.id, answer_for(error).code, error.message))
-
-
-class PromptCache:
-    """Embeddings of the latest prompts, within so many bytes: repeats and the n pictures of a request share one."""
-
-    def __init__(self, encode: Callable[[str], PromptEmbedding], limit: int) -> None:
-        self.encode = encode
-        self.limit = limit
-        self.bytes = 0
-        self.kept: OrderedDict[str, PromptEmbedding] = OrderedDict()
-
-    def __call__(self, prompt: str) -> PromptEmbedding:
-        if prompt in self.kept:
-            self.kept.move_to_end(prompt)
-            return self.kept[prompt]
-        made = self.kept[prompt] = self.encode(prompt)
-        self.bytes += made.nbytes
-        while self.bytes > self.limit and len(self.kept) > 1:
-            _, old = self.kept.popitem(last=False)
-            self.bytes -= old.nbytes
-        return made
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
-
-
-def free_memory() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def begin(pipeline: Pipeline, job: Job, encode: Callable[[str], PromptEmbedding]) -> Picture:

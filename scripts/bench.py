@@ -3,6 +3,7 @@
 
     scripts/bench.py                              start a server with the embedded model and measure it
     scripts/bench.py --url http://host:8000       measure a server that runs
+    scripts/bench.py --baseline                   against a plain loop over diffusers behind HTTP
 
 Where this script starts the server itself, the bare pipeline (prompt to PNG in one process, no HTTP, no queue) is the
 floor: it and a lone client's requests take turns, picture by picture, and what the server adds is the median of the
@@ -13,18 +14,22 @@ wall-clock seconds.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import concurrent.futures
 import contextlib
 import json
 import os
 import platform
+import random
 import re
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +53,8 @@ def options() -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--requests", type=int, default=32, help="measured requests for each concurrency (default 32)")
     p.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
+    p.add_argument("--baseline", action="store_true", help="compare with scripts/baseline.py: a full house, a trace")
+    p.add_argument("--trace", type=int, default=80, help="requests of the trace (default 80)")
     return p.parse_args()
 
 
@@ -160,10 +167,106 @@ def measure(o: argparse.Namespace, url: str, concurrency: int) -> dict[str, floa
     }
 
 
+@contextlib.contextmanager
+def baseline_server(o: argparse.Namespace) -> Iterator[str]:
+    """The address of a plain server over the same model."""
+    from flux_local import weights
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(ROOT / "scripts" / "baseline.py"), str(weights.find(o.model)), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            with contextlib.suppress(httpx.TransportError):
+                httpx.get(url + "/openapi.json")
+                break
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request of a trace, `at` seconds after its beginning."""
+
+    at: float
+    size: str
+    steps: int
+    seed: int
+
+
+def trace(count: int, rate: float, seed: int = 0) -> list[Arrival]:
+    """Poisson arrivals of mixed work: 4 to 50 steps, three canvases."""
+    rng = random.Random(seed)
+    at, found = 0.0, []
+    for i in range(count):
+        at += rng.expovariate(rate)
+        side = rng.choice((128, 160, 192))
+        found.append(Arrival(at, f"{side}x{side}", rng.choice((4, 8, 12, 20, 28, 50)), i))
+    return found
+
+
+def replay(url: str, arrivals: list[Arrival]) -> list[float]:
+    """Each request's seconds from its arrival to its answer."""
+
+    async def run() -> list[float]:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+
+            async def one(a: Arrival) -> float:
+                await asyncio.sleep(a.at)
+                began = time.perf_counter()
+                body = {"prompt": prompt_of(a.seed), "size": a.size, "steps": a.steps, "seed": a.seed}
+                answer = await client.post("/v1/images/generations", json={**body, "response_format": "b64_json"})
+                answer.raise_for_status()
+                return time.perf_counter() - began
+
+            return list(await asyncio.gather(*map(one, arrivals)))
+
+    return asyncio.run(run())
+
+
+def percentile(values: list[float], share: float) -> float:
+    values = sorted(values)
+    return values[min(len(values) - 1, round(share * len(values)))]
+
+
+def compare(o: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The same work to flux-local and to the plain server, one after the other, in one run."""
+    full = argparse.Namespace(**{**vars(o), "size": "128x128", "steps": 16, "requests": max(64, o.requests)})
+    found: dict[str, Any] = {}
+    lone = [Arrival(0.0, a.size, a.steps, a.seed) for a in trace(18, 1.0, seed=1)]
+    with baseline_server(o) as plain, own_server(o) as (ours, _):
+        for url in (plain, ours):
+            replay(url, [Arrival(0.0, f"{side}x{side}", 2, 0) for side in (128, 160, 192)])  # warm-up
+        rows = {name: measure(full, url, 16) for name, url in (("plain", plain), ("flux-local", ours))}
+        service = statistics.mean(replay(plain, [a])[0] for a in lone)
+        arrivals = trace(o.trace, 0.8 / service)
+        seconds = {name: replay(url, arrivals) for name, url in (("plain", plain), ("flux-local", ours))}
+    costs = [a.steps * int(a.size.split("x")[0]) ** 2 for a in arrivals]
+    longest = [i for i, cost in enumerate(costs) if cost >= percentile([float(c) for c in costs], 0.8)]
+    table = Table("128x128, 16 steps, 16 clients; then a trace at 80% of the plain server's capacity", *seconds)
+    found["pictures_per_s"] = {name: row["pictures_per_s"] for name, row in rows.items()}
+    found["trace_mean_s"] = {name: statistics.mean(s) for name, s in seconds.items()}
+    found["trace_p90_longest_s"] = {name: percentile([s[i] for i in longest], 0.9) for name, s in seconds.items()}
+    for name, row in found.items():
+        table.add_row(name, *(f"{row[server]:.3f}" for server in seconds))
+    console.print(table)
+    return {**found, "trace_requests": o.trace, "trace_rate_per_s": 0.8 / service}
+
+
 def main() -> None:
     o = options()
     console = Console(stderr=False)
     result: dict[str, Any] = {"size": o.size, "steps": o.steps, "requests": o.requests, "cpu": cpu()}
+    if o.baseline:
+        print(json.dumps({"cpu": cpu(), **compare(o, console)}))
+        return
     console.print(f"{o.size}, {o.steps} steps, {o.requests} requests for each row, {result['cpu']}")
     with contextlib.ExitStack() as stack:
         if o.url:

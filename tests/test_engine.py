@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import random
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
+from flux_local.engine import Engine
+from flux_local.messages import EngineChannel, Job
+from flux_local.pulse import Pulse
 from tests.servers import Server, eventually, running
 
 PICTURE: dict[str, Any] = {"prompt": "a large red star on a blue background", "size": "128x128", "steps": 6,
@@ -73,6 +77,36 @@ def test_a_short_request_overtakes_a_long_one(server: Server) -> None:
         assert not long.done()
         assert long.result().status_code == 200
         assert short < 0.5 * (time.monotonic() - began)
+
+
+def test_scheduling_and_messages_cost_under_a_third_of_a_millisecond_a_step(pipeline: Any) -> None:
+    """The engine's own turns, less the time inside the model, with sixty jobs in the queue."""
+    ours, theirs = socket.socketpair()
+    engine = Engine(pipeline, EngineChannel(theirs), Pulse(), 1e-4)
+    for i in range(60):
+        engine.accept(Job(f"r-{i}", "a red star", i, 128, 128, 50, 4.5, owner=f"key{i % 3}"))
+    engine.rows_limit = lambda canvas: 1  # type: ignore[method-assign]
+    engine.scheduler.rows_limit = engine.rows_limit
+    engine.turn()
+    inside, advance = 0.0, pipeline.denoiser.advance
+
+    def timed(pictures: Any) -> None:
+        nonlocal inside
+        began = time.perf_counter()
+        advance(pictures)
+        inside += time.perf_counter() - began
+
+    pipeline.denoiser.advance = timed
+    try:
+        began = time.perf_counter()
+        for _ in range(40):
+            engine.turn()
+        outside = time.perf_counter() - began - inside
+    finally:
+        del pipeline.denoiser.advance
+    ours.close()
+    theirs.close()
+    assert outside / 40 < 0.3e-3, f"{1e3 * outside / 40:.2f} ms a step"
 
 
 def running_now(server: Server) -> bool:
@@ -186,6 +220,7 @@ def test_two_engines_share_the_work(tmp_path: Path) -> None:
     with running(tmp_path, "--devices", "cpu,cpu") as server:
         engines = server.engines()
         assert len(engines) == 2
+        assert [engine["ready"] for engine in httpx.get(server.url + "/ready").json()["engines"]] == [True, True]
         before = [sum(engine.cpu_times()[:2]) for engine in engines]
         bodies = [{**PICTURE, "seed": i, "steps": 40} for i in range(4)]
         answers = all_at_once(server, bodies)

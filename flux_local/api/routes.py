@@ -124,6 +124,10 @@ def probes(services: Services) -> APIRouter:
             "model": services.model.name,
             "device": state.device,
             "precision": state.precision,
+            "engines": [
+                {"device": engine.ready.device if engine.ready else engine.device, "ready": engine.ready is not None}
+                for engine in services.dispatcher.engines
+            ],
             "load_seconds": round(state.load_seconds, 3),
             "warm_up_seconds": round(state.warm_up_seconds, 3),
             "step_seconds": round(state.step_seconds, 4),

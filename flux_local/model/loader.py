@@ -15,9 +15,10 @@ from flux_local.errors import WeightsError
 from flux_local.model.denoiser import Denoiser, Keep, Picture, noised
 from flux_local.model.latents import initial_noise
 from flux_local.model.schedule import FlowSchedule
-from flux_local.model.text import PromptEmbedding, PromptEncoder
+from flux_local.model.text import PromptCache, PromptEmbedding, PromptEncoder
 from flux_local.model.vae import Autoencoder
 
+PROMPT_CACHE_BYTES = 256 << 20
 COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 
 
@@ -29,6 +30,9 @@ class Pipeline:
     denoiser: Denoiser
     vae: Autoencoder
     schedule: FlowSchedule
+
+    def prompt_cache(self) -> PromptCache:
+        return PromptCache(self.text.encode, PROMPT_CACHE_BYTES)
 
     def begin(
         self,

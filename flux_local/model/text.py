@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,3 +66,24 @@ class PromptEncoder:
         end = int(t5.offset_mapping[0, :tokens, 1].max()) if tokens else 0
         whole = tokens < length or end >= len(t5_prompt.rstrip())
         return PromptEmbedding(states, pooled, tokens, t5_prompt if whole else t5_prompt[:end])
+
+
+class PromptCache:
+    """Embeddings of the latest prompts, within so many bytes: repeats and the n pictures of a request share one."""
+
+    def __init__(self, encode: Callable[[str], PromptEmbedding], limit: int) -> None:
+        self.encode = encode
+        self.limit = limit
+        self.bytes = 0
+        self.kept: OrderedDict[str, PromptEmbedding] = OrderedDict()
+
+    def __call__(self, prompt: str) -> PromptEmbedding:
+        if prompt in self.kept:
+            self.kept.move_to_end(prompt)
+            return self.kept[prompt]
+        made = self.kept[prompt] = self.encode(prompt)
+        self.bytes += made.nbytes
+        while self.bytes > self.limit and len(self.kept) > 1:
+            _, old = self.kept.popitem(last=False)
+            self.bytes -= old.nbytes
+        return made

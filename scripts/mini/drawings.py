@@ -29,8 +29,8 @@ RELATIONS = {"left of": "horizontal", "right of": "horizontal", "above": "vertic
 
 # Radii as a fraction of the picture's short side.
 RADII = {
-    "single": {"small": (0.13, 0.17), "large": (0.29, 0.36)},
-    "pair": {"small": (0.11, 0.14), "large": (0.20, 0.23)},
+    "single": {"small": (0.14, 0.16), "large": (0.31, 0.34)},
+    "pair": {"small": (0.12, 0.135), "large": (0.205, 0.225)},
 }
 
 
@@ -127,7 +127,7 @@ def random_scene(rng: random.Random, width: int, height: int, pair: bool | None 
 def single(rng: random.Random, colour: str, shape: str, size: str, width: int, height: int) -> Thing:
     """One thing, about the middle."""
     radius = rng.uniform(*RADII["single"][size])
-    return Thing(colour, shape, size, (rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58)), radius)
+    return Thing(colour, shape, size, (rng.uniform(0.48, 0.52), rng.uniform(0.48, 0.52)), radius)
 
 
 def paired(
@@ -141,8 +141,8 @@ def paired(
         size = rng.choice(SIZES)
         radius = rng.uniform(*RADII["pair"][size])
         in_first_half = (index == 0) == first_comes_first
-        along = rng.uniform(0.25, 0.28) if in_first_half else rng.uniform(0.72, 0.75)
-        across = rng.uniform(0.44, 0.56)
+        along = rng.uniform(0.255, 0.275) if in_first_half else rng.uniform(0.725, 0.745)
+        across = rng.uniform(0.48, 0.52)
         centre = (along, across) if horizontal else (across, along)
         things.append(Thing(colour, shape, size, centre, radius))
     return Scene(background, tuple(things), relation)
