@@ -20,6 +20,7 @@ import msgspec
 
 from flux_local.errors import (
     BY_CODE,
+    DeadlineExceeded,
     EngineDead,
     EngineRestarting,
     InternalError,
@@ -35,6 +36,8 @@ CRASHES = 2
 """Engines that a picture may bring down before it is refused."""
 REFUSED_FOR = 3600.0
 """Seconds for which a request that brought down so many is refused."""
+BATCH_GAIN = 0.5
+"""What pictures that share steps cost at least, of what they cost alone."""
 OUTSIDE_TRIES = 10
 """Times that a picture is handed to another engine through no fault of its own."""
 
@@ -167,20 +170,28 @@ class Dispatcher:
         if self.refused and fingerprint(job) in self.refused:
             raise RequestCrashes
 
-    def admit(self, request: str, owner: str, pictures: int, work: int) -> None:
+    def admit(self, request: str, owner: str, pictures: int, work: int, seconds: float) -> None:
         """Takes a request in, if there is room for all of it; `release` it when it has ended.
 
         Args:
             work: image tokens times steps, of all pictures.
+            seconds: that its client gives it.
 
         Raises:
-            RateLimited: too much waits. NotReady: the engines are still starting, or the server stops. An engine that
-            is being replaced refuses nothing: what is admitted meanwhile waits for it.
+            DeadlineExceeded: it would take far longer than that even if nothing else were there. RateLimited: too
+            much waits. NotReady: the engines are still starting, or the server stops. An engine that is being replaced
+            refuses nothing: what is admitted meanwhile waits for it.
         """
         if self.draining:
             raise NotReady("The server is stopping. Send the request to another one, or try again.", retry_after=5)
         if not self.started:
             raise NotReady("The model is still loading. Try again in a few seconds.", retry_after=5)
+        alone = work * self.token_seconds * BATCH_GAIN / len(self.engines)
+        if alone > 2 * seconds:
+            raise DeadlineExceeded(
+                f"This would take about {alone:.0f} s, and the time for it is {seconds:g} s. Ask for fewer steps or "
+                "pictures, or give more time in 'X-Request-Timeout'."
+            )
         self._check_room(pictures, work, 1.0, None)
         if self.limits.share < 1:
             self._check_room(pictures, work, self.limits.share, owner)

@@ -87,7 +87,7 @@ class Requests:
     def _admitted(self, work: Work) -> Iterator[None]:
         """Room for the work, given back if it comes to nothing."""
         pictures = 0 if work.plan.untouched else len(work.params.seeds)
-        self.services.dispatcher.admit(work.id, work.owner, pictures, work.plan.work)
+        self.services.dispatcher.admit(work.id, work.owner, pictures, work.plan.work, work.seconds)
         try:
             yield
         except BaseException:
