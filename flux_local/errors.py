@@ -72,6 +72,10 @@ class DeadlineExceeded(RequestError):
     """The time that the client gave has passed."""
 
 
+class IdempotencyKeyReused(RequestError):
+    """One key, two different requests."""
+
+
 class RateLimited(FluxError):
     pass
 
@@ -155,6 +159,7 @@ ANSWERS: dict[type[FluxError], Answer] = {
     MethodNotAllowed: Answer(405, "invalid_request_error", "method_not_allowed"),
     UnsupportedMediaType: Answer(415, "invalid_request_error", "unsupported_media_type"),
     RequestTooLarge: Answer(413, "invalid_request_error", "request_too_large"),
+    IdempotencyKeyReused: Answer(422, "invalid_request_error", "idempotency_key_reused"),
     RateLimited: Answer(429, "rate_limit_error", "rate_limit_exceeded"),
     Cancelled: Answer(499, "client_closed_request", "cancelled"),
     GenerationInvalid: Answer(500, "server_error", "generation_invalid"),

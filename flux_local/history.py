@@ -25,6 +25,9 @@ Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 FINAL: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
 T = TypeVar("T")
 
+REPLY_LIFETIME = 86_400
+"""Seconds for which an `Idempotency-Key` is remembered."""
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
     id       TEXT PRIMARY KEY,
@@ -38,6 +41,17 @@ CREATE TABLE IF NOT EXISTS requests (
     error    TEXT,
     files    TEXT NOT NULL DEFAULT '[]',
     work     BLOB
+);
+CREATE TABLE IF NOT EXISTS replies (
+    owner       TEXT NOT NULL,
+    route       TEXT NOT NULL,
+    key         TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    status      INTEGER NOT NULL,
+    headers     TEXT NOT NULL,
+    body        BLOB NOT NULL,
+    created     REAL NOT NULL,
+    PRIMARY KEY (owner, route, key)
 );
 CREATE INDEX IF NOT EXISTS by_owner ON requests (owner, created DESC);
 """
@@ -57,6 +71,15 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     error: dict[str, Any] | None
     files: list[str]
     work: bytes | None
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """An answer that is given again to a repeated request. `fingerprint`: of the request."""
+
+    fingerprint: str
+    status: int
+    headers: dict[str, str]
+    body: bytes
 
 
 class History:
@@ -189,9 +212,29 @@ class History:
     async def remove(self, id: str) -> None:
         await self._run(lambda c: c.execute("DELETE FROM requests WHERE id = ?", (id,)))
 
+    async def reply(self, owner: str, route: str, key: str) -> Reply | None:
+        """What was answered under the key, unless that has expired."""
+        row = (owner, route, key, time.time() - REPLY_LIFETIME)
+        found = await self._run(
+            lambda c: c.execute(
+                "SELECT fingerprint, status, headers, body FROM replies"
+                " WHERE owner = ? AND route = ? AND key = ? AND created > ?",
+                row,
+            ).fetchone()
+        )
+        return found and Reply(found[0], found[1], json.loads(found[2]), found[3])
+
+    async def keep_reply(self, owner: str, route: str, key: str, reply: Reply) -> None:
+        row = (owner, route, key, reply.fingerprint, reply.status, json.dumps(reply.headers), reply.body, time.time())
+        await self._run(
+            lambda c: c.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row), flushed=True
+        )
+
     async def sweep(self) -> None:
         """Forgets what has expired."""
         oldest = time.time() - self.lifetime
+        old_reply = time.time() - REPLY_LIFETIME
+        await self._run(lambda c: c.execute("DELETE FROM replies WHERE created < ?", (old_reply,)))
         await self._run(lambda c: c.execute("DELETE FROM requests WHERE finished < ?", (oldest,)))
 
     def close(self) -> None:

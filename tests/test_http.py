@@ -272,8 +272,3 @@ def test_a_wrong_method_is_told_the_right_ones(server: Server, method: str, path
 def test_what_is_to_come_says_so(server: Server, path: str) -> None:
     answer = httpx.get(server.url + path)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_available")
-
-
-def test_idempotency_keys_are_not_silently_dropped(server: Server) -> None:
-    answer = server.post({"prompt": "x", "steps": 1}, headers={"idempotency-key": "a"})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_available")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from flux_local.api import bodies, schema, stream, uploads
+from flux_local.api.repeats import HEADER, Repeats, fingerprint_of
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services, Work, base_url
 from flux_local.errors import Cancelled, InvalidValue, ModelNotFound, NotAvailable, NotReady
@@ -23,6 +25,7 @@ MAX_PAGE = 100
 def router(services: Services, requests: Requests) -> APIRouter:
     """The API's routes, without prefix."""
     routes = APIRouter()
+    repeats = Repeats(services.history)
 
     def checked(raw: dict[str, Any], route: Route, image: Size | None = None) -> GenerationParams:
         return generation_params(
@@ -34,16 +37,24 @@ def router(services: Services, requests: Requests) -> APIRouter:
             max_pixels=services.settings.max_pixels,
         )
 
+    async def once(request: Request, route: Route, raw: dict[str, Any], source: Source | None = None) -> Response:
+        params = checked(raw, route, Size(*source.image.size) if source else None)
+        if params.stream and HEADER in request.headers:
+            raise InvalidValue("'stream' does not go with an 'Idempotency-Key'; leave one out.", param="stream")
+        fingerprint = await asyncio.to_thread(fingerprint_of, raw, source, request.headers.get("prefer", ""))
+        work = work_of(services, request, params, source)
+        return await repeats.once(
+            request, work.owner, route, fingerprint, partial(answer, request, requests, route, work)
+        )
+
     async def with_image(request: Request, route: Route) -> Response:
         raw, source = await uploads.read(request, services.decoder)
-        params = checked(raw, route, Size(*source.image.size))
-        return await answer(request, requests, route, work_of(services, request, params, source))
+        return await once(request, route, raw, source)
 
     @routes.post("/images/generations", responses=schema.answers(), openapi_extra=schema.json_body("generations"))
     async def generations(request: Request) -> Response:
         """Draw pictures from a prompt."""
-        params = checked(await bodies.json_object(request), "generations")
-        return await answer(request, requests, "generations", work_of(services, request, params))
+        return await once(request, "generations", await bodies.json_object(request))
 
     @routes.post("/images/edits", responses=schema.answers(), openapi_extra=schema.image_body("edits"))
     async def edits(request: Request) -> Response:
@@ -176,8 +187,6 @@ def work_of(services: Services, request: Request, params: GenerationParams, sour
 
 async def answer(request: Request, requests: Requests, route: Route, work: Work) -> Response:
     """Now, as a stream, or a promise: whatever the client asked for."""
-    if "idempotency-key" in request.headers:
-        raise NotAvailable("This version has no idempotency keys. Leave the header 'Idempotency-Key' out.")
     prefers = request.headers.get("prefer", "").lower()
     later = "respond-async" in (part.split(";")[0].strip() for part in prefers.split(","))
     if later:

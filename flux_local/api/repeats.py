@@ -1,0 +1,99 @@
+"""`Idempotency-Key`: a request that is sent again is not done again.
+
+The first request of a key does the work; a repeat meanwhile waits for it, and takes over if it comes to nothing; a
+repeat afterwards gets the stored answer. Refusals and failures are not stored. Knows nothing of what the work is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flux_local.errors import IdempotencyKeyReused, InvalidValue, StorageFull
+from flux_local.history import History, Reply
+from flux_local.plan import Source
+
+HEADER = "idempotency-key"
+MAX_KEY = 255
+OWN_HEADERS = ("content-length", "x-request-id")
+"""Of an answer, that belong to the connection and not to the work."""
+
+
+class Repeats:
+    """The keys of this process, and those that the history keeps."""
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.running: dict[tuple[str, str, str], tuple[str, asyncio.Future[None]]] = {}
+
+    async def once(
+        self, request: Request, owner: str, route: str, fingerprint: str, make: Callable[[], Awaitable[Response]]
+    ) -> Response:
+        """What `make` answers, or answered before under the same key.
+
+        Args:
+            fingerprint: of all that the client asked for.
+
+        Raises:
+            InvalidValue: not a key. IdempotencyKeyReused: the key was used for something else.
+        """
+        key = key_of(request)
+        if key is None:
+            return await make()
+        place = (owner, route, key)
+        while (running := self.running.get(place)) is not None:
+            same(running[0], fingerprint)
+            await asyncio.wait([running[1]])
+        ended = asyncio.get_running_loop().create_future()
+        self.running[place] = (fingerprint, ended)
+        try:
+            if (stored := await self.history.reply(*place)) is not None:
+                same(stored.fingerprint, fingerprint)
+                return Response(stored.body, stored.status, {**stored.headers, "idempotent-replayed": "true"})
+            answer = await make()
+            if answer.status_code in (200, 202):
+                headers = {name: value for name, value in answer.headers.items() if name not in OWN_HEADERS}
+                reply = Reply(fingerprint, answer.status_code, headers, bytes(answer.body))
+                with contextlib.suppress(StorageFull):  # the pictures are there; a repeat would draw them again
+                    await self.history.keep_reply(*place, reply)
+            return answer
+        finally:
+            del self.running[place]
+            ended.set_result(None)
+
+
+def key_of(request: Request) -> str | None:
+    keys = request.headers.getlist(HEADER)
+    if not keys:
+        return None
+    if len(keys) > 1 or not 1 <= len(keys[0]) <= MAX_KEY or not keys[0].isascii() or not keys[0].isprintable():
+        raise InvalidValue(
+            f"The header 'Idempotency-Key' takes 1 to {MAX_KEY} printable ASCII characters, once.",
+            param="Idempotency-Key",
+        )
+    return keys[0]
+
+
+def same(before: str, now: str) -> None:
+    if before != now:
+        raise IdempotencyKeyReused(
+            "This 'Idempotency-Key' was used for another request. Take a new key for each request.",
+            param="Idempotency-Key",
+        )
+
+
+def fingerprint_of(raw: Mapping[str, Any], source: Source | None, prefers: str) -> str:
+    """Of everything that decides the answer, as the client sent it."""
+    digest = hashlib.sha256(json.dumps([raw, prefers], sort_keys=True, default=str).encode())
+    if source is not None:
+        for picture in (source.image, source.mask):
+            digest.update(repr(picture and picture.size).encode())
+            digest.update(picture.tobytes() if picture is not None else b"")
+    return digest.hexdigest()

@@ -1,0 +1,99 @@
+"""`Idempotency-Key`: what is sent again is not done again."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.servers import Server, eventually, running
+
+BODY: dict[str, Any] = {"prompt": "a red circle", "size": "128x128", "steps": 4}
+
+
+def keyed(key: str | None = None, **more: str) -> dict[str, str]:
+    return {"idempotency-key": key or uuid.uuid4().hex, **more}
+
+
+def made(server: Server) -> str:
+    """The newest request of the history."""
+    found: str = httpx.get(server.url + "/v1/images/requests", params={"limit": 1}).json()["data"][0]["id"]
+    return found
+
+
+def test_a_repeat_gets_the_stored_answer(server: Server) -> None:
+    headers = keyed()
+    first = server.post(BODY, headers=headers)
+    newest = made(server)
+    again = server.post(BODY, headers=headers)
+    assert again.content == first.content, "the same random seed, the same URL"
+    assert again.headers["idempotent-replayed"] == "true"
+    assert "idempotent-replayed" not in first.headers
+    for name in ("x-flux-seed", "content-type"):
+        assert again.headers[name] == first.headers[name]
+    assert again.headers["x-request-id"] != first.headers["x-request-id"]
+    assert made(server) == newest, "nothing was drawn"
+
+
+def test_a_repeat_meanwhile_waits_for_the_same(server: Server) -> None:
+    headers, body = keyed(), {**BODY, "steps": 60}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: server.post(body, headers=headers), range(4)))
+    assert len({answer.content for answer in answers}) == 1
+    assert sum("idempotent-replayed" in answer.headers for answer in answers) == 3
+
+
+def test_a_repeat_takes_over_from_a_client_that_left(server: Server) -> None:
+    headers, body = keyed(), {**BODY, "steps": 100, "n": 2, "size": "192x192"}
+    with pytest.raises(httpx.ReadTimeout):
+        server.post(body, headers=headers, timeout=0.3)
+    assert server.post(body, headers=headers).status_code == 200
+
+
+def test_another_body_under_the_same_key(server: Server) -> None:
+    headers = keyed()
+    assert server.post(BODY, headers=headers).status_code == 200
+    other = server.post({**BODY, "prompt": "a blue circle"}, headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    assert server.post(BODY, "/v1/images/variations", headers=headers).status_code == 400, "a key is a route's own"
+
+
+def test_refusals_are_not_stored(server: Server) -> None:
+    headers = keyed()
+    assert server.post({**BODY, "n": 99}, headers=headers).status_code == 400
+    assert server.post(BODY, headers=headers).status_code == 200
+
+
+def test_promises_are_made_once(server: Server) -> None:
+    headers = keyed(prefer="respond-async")
+    first, again = (server.post(BODY, headers=headers) for _ in range(2))
+    assert first.status_code == again.status_code == 202
+    assert first.headers["location"] == again.headers["location"]
+    eventually(lambda: httpx.get(first.headers["location"]).json()["status"] == "succeeded")
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "a\tb"])
+def test_what_is_no_key(server: Server, key: str) -> None:
+    answer = server.post(BODY, headers=[(b"idempotency-key", key.encode())])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
+
+
+def test_streams_take_none(server: Server) -> None:
+    answer = server.post({**BODY, "stream": True}, headers=keyed())
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "stream")
+
+
+def test_keys_are_an_owner_s_own_and_outlive_the_process(tmp_path: Path) -> None:
+    keys = {"FLUX_LOCAL_API_KEYS": "one,two"}
+    one, two = (keyed("same", authorization=f"Bearer {name}") for name in ("one", "two"))
+    with running(tmp_path, **keys) as server:
+        first = server.post(BODY, headers=one)
+        assert server.post(BODY, headers=two).content != first.content
+        server.process.kill()
+        server.process.wait()
+    with running(tmp_path, **keys) as server:
+        assert server.post(BODY, headers=one).content == first.content
