@@ -94,6 +94,7 @@ class Dispatcher:
     def __init__(self, folder: Path, devices: list[str], limits: Limits) -> None:
         self.limits = limits
         self.started = False
+        self.precision = ""
         self.draining = False
         self.pending: dict[str, Pending] = {}
         self.held: dict[str, Held] = {}
@@ -127,6 +128,7 @@ class Dispatcher:
             self._running.append(task)
         readies = await asyncio.gather(*started)
         self.token_seconds = max(ready.token_seconds for ready in readies)
+        self.precision = readies[0].precision
         self.started = True
         return readies[0]
 

@@ -94,10 +94,9 @@ class Work:
     def headers(self, body: dict[str, Any]) -> dict[str, str]:
         """Of the answer with this body."""
         params = self.params
-        ready = self.services.dispatcher.ready
         headers = {
             "x-flux-seed": ",".join(map(str, params.seeds)),
-            "x-flux-precision": ready.precision if ready else "",
+            "x-flux-precision": self.services.dispatcher.precision,
         }
         if ignored := [name[:64] for name in params.ignored if name.isascii() and name.isprintable()]:
             headers["x-flux-ignored-params"] = ",".join(ignored)[:1000]
