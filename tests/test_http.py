@@ -38,7 +38,7 @@ def test_the_openai_client_gets_a_picture_of_what_the_prompt_says(server: Server
     assert picture.size == (192, 192)
     background, things = look(picture)
     assert background == "blue"
-    assert things[0].colour == "red"
+    assert (things[0].colour, things[0].shape) == ("red", "star")
     assert answer.size == "192x192"
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
