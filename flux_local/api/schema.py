@@ -178,6 +178,16 @@ def object_of(route: Route) -> dict[str, Any]:
     }
 
 
+def without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """For a form, whose fields are there or not."""
+    for found in schema["properties"].values():
+        if isinstance(found["type"], list):
+            found["type"] = [kind for kind in found["type"] if kind != "null"]
+        if "enum" in found:
+            found["enum"] = [value for value in found["enum"] if value is not None]
+    return schema
+
+
 def json_body(route: Route) -> dict[str, Any]:
     """The `requestBody` of a route that takes JSON alone."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": object_of(route)}}}}
@@ -193,7 +203,10 @@ def image_body(route: Route) -> dict[str, Any]:
                 "format": "image-data-url",
                 "description": "A data URL with base64.",
             }
-    content = {"multipart/form-data": {"schema": object_of(route)}, "application/json": {"schema": in_json}}
+    content = {
+        "multipart/form-data": {"schema": without_null(object_of(route))},
+        "application/json": {"schema": in_json},
+    }
     return {"requestBody": {"required": True, "content": content}}
 
 

@@ -34,9 +34,10 @@ left of a green square on purple." A size or background that is not mentioned is
 A single object is drawn in the middle, two on either side of it; seeds change the size a little, and whatever the
 sentence leaves open.
 
-It is made for square pictures of 128² to 192² pixels. It was not trained on wide and tall ones; their accuracy is not
-measured. The guidance value was random in training and is not meant to change anything. A tenth of all prompts was
-empty in training, so `true_cfg_scale` has something to hold on to. At most {t5} T5 tokens are read.
+It is made for square pictures of 128² pixels: larger ones are enlarged from that. It was not trained on wide and tall
+ones; their accuracy is not measured. The guidance value was random in training and is not meant to change anything. A
+tenth of all prompts was empty in training, so `true_cfg_scale` has something to hold on to. At most {t5} T5 tokens are
+read.
 
 ## Measured
 
@@ -54,10 +55,11 @@ By `scripts/train_mini.py` with seed 0, from drawings that the script makes itse
 
 {stages}
 
-The autoencoder and the first 2,000 steps of the transformer saw drawings whose objects lay further from the middle and
-varied more in size; the script's present drawings are those of the rest. The transformer's noise levels are shifted
-towards noise (`mu` 1.7 at 64 tokens, 2.1 at 144), in training and in the folder's scheduler, because flat drawings are
-decided early.
+The committed weights are the running average after 4,000 steps of the transformer; the last 500, at the lowest
+learning rates, are still to be run. The autoencoder and the first 2,000 steps of the transformer saw drawings whose
+objects lay further from the middle and varied more in size; the script's present drawings are those of the rest. The
+transformer's noise levels are shifted towards noise (`mu` 1.7 at 64 tokens), in training and in the folder's scheduler,
+because flat drawings are decided early.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """

@@ -96,12 +96,12 @@ def evaluate(
     }
 
 
-def sheet(pipeline: Pipeline, path: Path, steps: int, side: int = 192, columns: int = 4, rows: int = 3) -> None:
+def sheet(pipeline: Pipeline, path: Path, steps: int, side: int = 128, columns: int = 6, rows: int = 2) -> None:
     """Writes pictures of held-out prompts with the prompts under them."""
     asked = questions(columns * rows - columns, False, side, side, seed=7) + questions(
         columns, True, side, side, seed=7
     )
-    caption = 34
+    caption = 58
     page = Image.new("RGB", (columns * (side + 12), rows * (side + caption + 8)), "white")
     pen = ImageDraw.Draw(page)
     for i, picture in enumerate(paint(pipeline, [q.prompt for q in asked], side, side, steps)):
@@ -109,8 +109,8 @@ def sheet(pipeline: Pipeline, path: Path, steps: int, side: int = 192, columns: 
         page.paste(picture, (x, y))
         words, lines = asked[i].prompt.split(), [""]
         for word in words:
-            if len(lines[-1]) + len(word) > 32:
+            if len(lines[-1]) + len(word) > side // 6:
                 lines.append("")
             lines[-1] += word + " "
-        pen.multiline_text((x, y + side + 2), "\n".join(line.strip() for line in lines[:3]), fill="black", spacing=1)
+        pen.multiline_text((x, y + side + 2), "\n".join(line.strip() for line in lines[:5]), fill="black", spacing=1)
     page.save(path, optimize=True)
