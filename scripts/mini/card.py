@@ -55,11 +55,10 @@ By `scripts/train_mini.py` with seed 0, from drawings that the script makes itse
 
 {stages}
 
-The committed weights are the running average after 4,000 steps of the transformer (900 more, half of them at 192², were
-tried and not kept); the last 500 at 128², at the lowest learning rates, are still to be run. The autoencoder and the first 2,000 steps of the transformer saw drawings whose
-objects lay further from the middle and varied more in size; the script's present drawings are those of the rest. The
-transformer's noise levels are shifted towards noise (`mu` 1.7 at 64 tokens), in training and in the folder's scheduler,
-because flat drawings are decided early.
+The committed weights are a running average. The autoencoder and the first 2,000 steps of the transformer saw drawings
+whose objects lay further from the middle and varied more in size; the script's present drawings are those of the rest.
+The transformer's noise levels are shifted towards noise (`mu` 1.7 at 64 tokens), in training and in the folder's
+scheduler, because flat drawings are decided early.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """
