@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flux_local
 from flux_local import config, params
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="what to draw")
     generate.add_argument("-o", "--output", default="out.png", metavar="FILE", help="file to write (default out.png)")
     settings = {setting.name: setting for setting in config.describe()}
-    for name in ("model", "devices"):
+    for name in ("model", "devices", "reference"):
         add_setting(generate, settings[name])
     add_config_file(generate)
     for parameter in params.PARAMETERS:
@@ -79,7 +79,8 @@ def add_config_file(command: argparse.ArgumentParser) -> None:
 
 def add_setting(command: argparse.ArgumentParser, setting: config.Setting) -> None:
     shown = "" if setting.default in ("", None) else f" (default {setting.default})"
-    command.add_argument(setting.flag, dest=setting.name, metavar="VALUE", default=None,
+    bare: dict[str, Any] = {"nargs": "?", "const": "true"} if setting.type is bool else {}
+    command.add_argument(setting.flag, dest=setting.name, metavar="VALUE", default=None, **bare,
                          help=f"{setting.description}{shown} [{setting.variable}]".replace("%", "%%"))  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def run_generate(options: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
         loading = bar.add_task(f"loading {model.name}", total=None)
-        pipeline = load(folder, pick_device(settings.device_list()[0]))
+        pipeline = load(folder, pick_device(settings.device_list()[0]), settings.reference)
         bar.remove_task(loading)
         for index, seed in enumerate(plan.params.seeds):
             began = time.monotonic()

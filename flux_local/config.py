@@ -33,6 +33,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     devices: Annotated[
         str, Meta(description="'auto', 'cpu', a GPU such as 'cuda:0', or several by commas: an engine runs on each.")
     ] = "auto"
+    reference: Annotated[
+        bool, Meta(description="Run diffusers' own transformer instead of flux-local's: slower, for comparison.")
+    ] = False
     data_dir: Annotated[str, Meta(description="Folder for pictures behind URLs.")] = "~/.local/share/flux-local"
     public_url: Annotated[str, Meta(description="Base of the URLs in answers, if clients see another address.")] = ""
     response_format: Annotated[

@@ -91,7 +91,7 @@ class Dispatcher:
         devices: one engine is run on each.
     """
 
-    def __init__(self, folder: Path, devices: list[str], limits: Limits) -> None:
+    def __init__(self, folder: Path, devices: list[str], limits: Limits, reference: bool = False) -> None:
         self.limits = limits
         self.started = False
         self.precision = ""
@@ -102,8 +102,9 @@ class Dispatcher:
         self.token_seconds = 1e-4
         self.dead: asyncio.Future[EngineDead] = asyncio.get_running_loop().create_future()
         self.engines = [
-            Supervisor(folder, device, limits.patience, limits.max_falls, limits.window, busy=self._owes,
-                       on_message=self._on_message, on_ready=self._on_ready, on_fall=self._on_fall)
+            Supervisor(folder, device, limits.patience, limits.max_falls, limits.window,
+                       reference=reference, busy=self._owes, on_message=self._on_message, on_ready=self._on_ready,
+                       on_fall=self._on_fall)
             for device in devices
         ]  # fmt: skip
         self._running: list[asyncio.Task[None]] = []

@@ -291,14 +291,11 @@ class Engine:
 
 def begin(pipeline: Pipeline, job: Job, encode: Callable[[str], PromptEmbedding]) -> Picture:
     """The job's picture before its first step."""
-    picture = pipeline.begin(
+    return pipeline.begin(
         encode(job.prompt), job.width, job.height, seed=job.seed, steps=job.steps, guidance=job.guidance,
-        image=job.image, mask=job.mask, skip=job.skip,
+        image=job.image, mask=job.mask, skip=job.skip, true_cfg_scale=job.true_cfg_scale,
+        negative=None if job.negative_prompt is None else encode(job.negative_prompt),
     )  # fmt: skip
-    if job.negative_prompt is not None:
-        picture.negative = encode(job.negative_prompt)
-        picture.true_cfg_scale = job.true_cfg_scale
-    return picture
 
 
 def partial_steps(steps: int, partials: int) -> list[int]:
@@ -340,14 +337,14 @@ def pick_device(asked: str) -> str:
     return asked
 
 
-def serve(channel: EngineChannel, pulse: Pulse, folder: Path, device: str) -> None:
+def serve(channel: EngineChannel, pulse: Pulse, folder: Path, device: str, reference: bool) -> None:
     """Loads, warms up, says so, and draws until the other end closes."""
     try:
         started = time.monotonic()
         from flux_local.model.loader import load
 
         device = pick_device(device)
-        pipeline = load(folder, device)
+        pipeline = load(folder, device, reference)
         loaded = time.monotonic()
         info = weights.info(folder)
         step_seconds = warm_up(pipeline, info)
@@ -369,6 +366,7 @@ def main() -> int:
     parser.add_argument("--pulse", type=int, required=True, help="the shared page")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--reference", action="store_true")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # The server decides when its engine ends; a Ctrl-C in the terminal reaches both.
@@ -377,7 +375,7 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     channel = EngineChannel(socket.socket(fileno=options.fd))
     try:
-        serve(channel, Pulse(options.pulse), options.model, options.device)
+        serve(channel, Pulse(options.pulse), options.model, options.device, options.reference)
     except EOFError:
         return 0
     except StartError as error:

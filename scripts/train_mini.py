@@ -102,15 +102,23 @@ def evaluate(options: argparse.Namespace) -> None:
     record = {"prompts": options.count, "pair_prompts": options.count // 3, "steps": options.steps, **results}
     (options.out / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
     sheet(pipeline, options.out / "samples.png", options.steps)
-    parts = {
-        "transformer": pipeline.denoiser.transformer,
-        "autoencoder": pipeline.vae.vae,
-        "T5": pipeline.text.text_encoder_2,
-        "CLIP": pipeline.text.text_encoder,
-    }
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    parts = {"transformer": "transformer", "autoencoder": "vae", "T5": "text_encoder_2", "CLIP": "text_encoder"}
+    counts = {name: parameters(options.out / folder) for name, folder in parts.items()}
     quality = {side: vae.psnr(pipeline.vae.vae, torch.device(options.device), side) for side in options.sides}
     card.write(options.out, options.work / "log.jsonl", counts, quality, pipeline.text.max_length)
+
+
+def parameters(folder: Path) -> int:
+    """How many numbers the safetensors files of a folder hold."""
+    import math
+
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def main() -> None:

@@ -72,8 +72,10 @@ def test_real_guidance_is_that_of_diffusers(pipeline: Pipeline, reference: Any) 
         guidance_scale=3.0, generator=torch.Generator("cpu").manual_seed(1), output_type="latent",
         max_sequence_length=pipeline.text.max_length,
     ).images  # fmt: skip
-    ours = pipeline.begin(pipeline.text.encode(PROMPTS[0]), 128, 128, seed=1, steps=3, guidance=3.0)
-    ours.negative, ours.true_cfg_scale = pipeline.text.encode("blue"), 2.5
+    ours = pipeline.begin(
+        pipeline.text.encode(PROMPTS[0]), 128, 128, seed=1, steps=3, guidance=3.0,
+        negative=pipeline.text.encode("blue"), true_cfg_scale=2.5,
+    )  # fmt: skip
     while ours.steps_left:
         pipeline.denoiser.advance([ours])
     assert (ours.latents - latents).abs().max() < TOLERANCE

@@ -1,23 +1,20 @@
 """The denoising path: what a picture is while it is being denoised, and one Euler step of several at once.
 
-Pictures of one canvas advance together although their step, guidance, seed and prompt differ, since the transformer
-takes a timestep and a guidance scale per sample. Which pictures share a step is somebody else's decision.
+Pictures of one canvas advance together although their step, guidance, seed and prompt differ, since each brings the
+transformer's condition of its own. Which pictures share a step is somebody else's decision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flux_local.model.latents import initial_noise, position_ids
+from flux_local.model.latents import initial_noise
 from flux_local.model.text import PromptEmbedding
-
-TIMESTEPS = 1000
-"""The transformer's time runs from 0 to this; sigma is its thousandth."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,15 @@ class Picture:
 
     width: int
     height: int
-    prompt: PromptEmbedding
-    guidance: float
     sigmas: list[float]
     latents: Tensor
+    prompt: PromptEmbedding
+    condition: Any
+    """What the transformer made of prompt, noise levels and guidance, once for all steps."""
     step: int = 0
     keep: Keep | None = None
-    negative: PromptEmbedding | None = None
-    """What to keep away from, with `true_cfg_scale`; None for one pass a step."""
+    against: Any = None
+    """The condition to keep away from, with `true_cfg_scale`; None for one pass a step."""
     true_cfg_scale: float = 1.0
     velocity: Tensor | None = None
     """That of the last step."""
@@ -67,40 +65,28 @@ class Picture:
         return len(self.sigmas) - 1 - self.step
 
 
-class RowByRow(nn.Module):
-    """A linear layer over [rows, features] as a matmul for each row, so that no row's bits know of the others."""
+class Transformer(Protocol):
+    """What predicts velocities: `FluxTransformer`, or diffusers' own behind the same interface."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+    dtype: torch.dtype
+    device: torch.device
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.linear(row) for row in x.split(1)])
+    def condition(self, prompt: PromptEmbedding, sigmas: Sequence[float], guidance: float) -> Any:
+        """All that it has to know of one picture's prompt, noise levels at each step, and guidance."""
 
-
-def modulate_apart(transformer: nn.Module) -> None:
-    """Makes every layer that sees one vector a picture (time, guidance, pooled prompt, modulation) work row by row.
-
-    A matmul of few rows picks its order of summation by their number; those over tokens have many rows at any batch.
-    """
-    for name, module in list(transformer.named_modules()):
-        parent_name, _, own_name = name.rpartition(".")
-        parent_is_norm = "norm" in parent_name.rpartition(".")[2]
-        if isinstance(module, nn.Linear) and ("time_text_embed" in name or parent_is_norm):
-            setattr(transformer.get_submodule(parent_name), own_name, RowByRow(module))
+    def velocity(
+        self, latents: Tensor, conditions: Sequence[Any], steps: Sequence[int], width: int, height: int
+    ) -> Tensor:
+        """[B, tokens, 64] → the same, each picture under its condition and at its own step."""
 
 
 class Denoiser:
-    """FLUX.1's transformer and the Euler rule around it."""
+    """The Euler rule around a transformer."""
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Transformer) -> None:
         self.transformer = transformer
-        self.dtype: torch.dtype = transformer.dtype
-        self.device: torch.device = transformer.device
-        self._positions: dict[tuple[int, int], Tensor] = {}
+        self.dtype, self.device = transformer.dtype, transformer.device
         self._independent: dict[tuple[int, int, int], bool] = {}
-        modulate_apart(transformer)
 
     @torch.inference_mode()
     def velocity(self, pictures: Sequence[Picture]) -> Tensor:
@@ -108,9 +94,8 @@ class Denoiser:
 
         A guided picture is two rows of one pass: under its prompt, and under what to keep away from.
         """
-        guided = [i for i, p in enumerate(pictures) if p.negative is not None]
-        rows = [(p, p.prompt) for p in pictures]
-        rows += [(p, p.negative) for p in pictures if p.negative is not None]
+        guided = [i for i, p in enumerate(pictures) if p.against is not None]
+        rows = [(p, p.condition) for p in pictures] + [(p, p.against) for p in pictures if p.against is not None]
         velocity = self.raw_velocity(rows)
         if guided:
             toward, away = velocity[guided], velocity[len(pictures) :]
@@ -119,24 +104,15 @@ class Denoiser:
             velocity[guided] = (away + scale * (toward - away)).to(velocity.dtype)
         return velocity
 
-    @torch.inference_mode()
-    def raw_velocity(self, rows: Sequence[tuple[Picture, PromptEmbedding]]) -> Tensor:
-        """[rows, tokens, 64]: the transformer's own, each picture under the prompt beside it."""
-        first = rows[0][0]
-        timesteps = torch.tensor([p.sigmas[p.step] for p, _ in rows], dtype=torch.float32) * TIMESTEPS
-        guidance = torch.tensor([p.guidance for p, _ in rows], dtype=torch.float32, device=self.device)
-        velocity: Tensor = self.transformer(
-            hidden_states=torch.cat([p.latents for p, _ in rows]),
-            # Rounded to the model's precision before the division, as diffusers' FluxPipeline does.
-            timestep=timesteps.to(self.device, self.dtype) / TIMESTEPS,
-            guidance=guidance if self.transformer.config.guidance_embeds else None,
-            pooled_projections=torch.cat([prompt.pooled for _, prompt in rows]),
-            encoder_hidden_states=torch.cat([prompt.states for _, prompt in rows]),
-            txt_ids=torch.zeros(rows[0][1].states.shape[1], 3, device=self.device, dtype=self.dtype),
-            img_ids=self.positions(first.width, first.height),
-            return_dict=False,
-        )[0]
-        return velocity
+    def raw_velocity(self, rows: Sequence[tuple[Picture, Any]]) -> Tensor:
+        """[rows, tokens, 64]: the transformer's own, each picture under the condition beside it."""
+        return self.transformer.velocity(
+            torch.cat([picture.latents for picture, _ in rows]),
+            [condition for _, condition in rows],
+            [picture.step for picture, _ in rows],
+            rows[0][0].width,
+            rows[0][0].height,
+        )
 
     @torch.inference_mode()
     def advance(self, pictures: Sequence[Picture]) -> None:
@@ -164,19 +140,15 @@ class Denoiser:
         """
         key = (width, height, rows)
         if key not in self._independent:
+            levels = [[1.0 - i / (2 * rows), 0.0] for i in range(rows)]
             pictures = [
-                Picture(width, height, prompt, 1.0 + i, [1.0 - i / (2 * rows), 0.0],
-                        initial_noise(i, width, height).to(self.device, self.dtype))
-                for i in range(rows)
+                Picture(
+                    width, height, sigmas, initial_noise(i, width, height).to(self.device, self.dtype), prompt,
+                    self.transformer.condition(prompt, sigmas[:-1], 1.0 + i),
+                )
+                for i, sigmas in enumerate(levels)
             ]  # fmt: skip
-            together = self.raw_velocity([(p, prompt) for p in pictures])
-            alone = [self.raw_velocity([(p, prompt)]) for p in pictures]
+            together = self.raw_velocity([(p, p.condition) for p in pictures])
+            alone = [self.raw_velocity([(p, p.condition)]) for p in pictures]
             self._independent[key] = bool(torch.equal(together, torch.cat(alone)))
         return self._independent[key]
-
-    def positions(self, width: int, height: int) -> Tensor:
-        """The rotary positions of a canvas, kept from the first time."""
-        key = (width, height)
-        if key not in self._positions:
-            self._positions[key] = position_ids(width, height).to(self.device, self.dtype)
-        return self._positions[key]

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from flux_local.errors import WeightsError
-from flux_local.model.denoiser import Denoiser, Keep, Picture, noised
+from flux_local.model.denoiser import Denoiser, Keep, Picture, Transformer, noised
 from flux_local.model.latents import initial_noise
+from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.schedule import FlowSchedule
 from flux_local.model.text import PromptCache, PromptEmbedding, PromptEncoder
+from flux_local.model.transformer import FluxTransformer, Geometry, Weights
 from flux_local.model.vae import Autoencoder
 
 PROMPT_CACHE_BYTES = 256 << 20
@@ -46,6 +48,8 @@ class Pipeline:
         image: bytes | None = None,
         mask: bytes | None = None,
         skip: int = 0,
+        negative: PromptEmbedding | None = None,
+        true_cfg_scale: float = 1.0,
     ) -> Picture:
         """Noise of the seed, or an image part of the way there, with the noise levels that it will go down.
 
@@ -54,27 +58,35 @@ class Pipeline:
             image: RGB rows of the canvas.
             skip: steps of the schedule that are left out at its noisy end, because the image is so far already.
             mask: a byte a pixel, not 0 where the image is to be repainted; the rest is held.
+            negative: what to keep away from, by `true_cfg_scale`.
         """
         noise = initial_noise(seed, width, height).to(self.denoiser.device, self.denoiser.dtype)
-        sigmas = self.schedule.sigmas(steps, noise.shape[1])
-        if image is None:
-            return Picture(width, height, prompt, guidance, sigmas, noise)
-        original = self.vae.encode(image, width, height).to(noise.dtype)
-        sigmas = sigmas[skip:]
-        keep = None if mask is None else Keep(self.vae.repaint(mask, width, height), original, noise)
-        start = noised(original, noise, sigmas[0])
-        return Picture(width, height, prompt, guidance, sigmas, start, keep=keep)
+        sigmas = self.schedule.sigmas(steps, noise.shape[1])[skip:]
+        latents, keep = noise, None
+        if image is not None:
+            original = self.vae.encode(image, width, height).to(noise.dtype)
+            keep = None if mask is None else Keep(self.vae.repaint(mask, width, height), original, noise)
+            latents = noised(original, noise, sigmas[0])
+        transformer = self.denoiser.transformer
+        return Picture(
+            width, height, sigmas, latents, prompt, transformer.condition(prompt, sigmas[:-1], guidance), keep=keep,
+            against=None if negative is None else transformer.condition(negative, sigmas[:-1], guidance),
+            true_cfg_scale=true_cfg_scale,
+        )  # fmt: skip
 
 
-def load(folder: Path, device: str = "cpu") -> Pipeline:
+def load(folder: Path, device: str = "cpu", reference: bool = False) -> Pipeline:
     """Loads the model onto the device: fp32 on the CPU, bf16 on a GPU.
+
+    Args:
+        reference: with diffusers' own transformer instead of ours.
 
     Raises:
         WeightsError: a component is missing or cannot be read; the message names it.
     """
     check_folder(folder)
     quieten()
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -94,9 +106,42 @@ def load(folder: Path, device: str = "cpu") -> Pipeline:
         tokenizer(T5TokenizerFast, "tokenizer_2"),
         model(T5EncoderModel, "text_encoder_2", dtype=dtype),
     )
-    denoiser = Denoiser(model(FluxTransformer2DModel, "transformer", dtype=dtype))
+    denoiser = Denoiser(transformer(folder / "transformer", device, dtype, reference))
     vae = Autoencoder(model(AutoencoderKL, "vae", dtype=dtype))
     return Pipeline(text, denoiser, vae, FlowSchedule.load(folder / "scheduler"))
+
+
+def transformer(folder: Path, device: str, dtype: torch.dtype, reference: bool) -> Transformer:
+    """The transformer of a diffusers folder, ours or diffusers' own."""
+    with translated(folder):
+        if reference:
+            from diffusers import FluxTransformer2DModel
+
+            module = FluxTransformer2DModel.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
+            return ReferenceTransformer(module.to(device).eval().requires_grad_(False))
+        geometry = Geometry.of(json.loads((folder / "config.json").read_text()))
+        return FluxTransformer(geometry, tensors(folder, device, dtype))
+
+
+def tensors(folder: Path, device: str, dtype: torch.dtype) -> Weights:
+    """The tensors of a component of a diffusers folder, by name, read straight to the device when asked for."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightsError(f"{folder} holds no .safetensors file. Copy or download the model again.")
+    where = {}
+    for path in files:
+        opened = safe_open(path, framework="pt", device=device)
+        where.update(dict.fromkeys(opened.keys(), opened))
+
+    def tensor(name: str) -> torch.Tensor:
+        if name not in where:
+            raise WeightsError(f"{folder} lacks the tensor {name}. Copy or download the model again.")
+        found: torch.Tensor = where[name].get_tensor(name)
+        return found.to(dtype)
+
+    return tensor
 
 
 def check_folder(folder: Path) -> None:

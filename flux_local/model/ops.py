@@ -1,0 +1,152 @@
+"""The operations that FLUX.1's transformer is made of beside matrix products, in plain torch: the truth for all others.
+
+Tokens lie in rows: first the text of every picture of the batch, then the image of every picture. A stream's rows are
+thus one contiguous range at any batch size, and no block joins or splits anything. Knows no weights and no blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPSILON = 1e-6
+"""Of every normalisation in FLUX.1."""
+
+
+class Layout(NamedTuple):
+    """Where whose tokens are: `batch` × `text` rows, then `batch` × `image` rows."""
+
+    batch: int
+    text: int
+    image: int
+
+    @property
+    def text_rows(self) -> int:
+        return self.batch * self.text
+
+    @property
+    def rows(self) -> int:
+        return self.batch * (self.text + self.image)
+
+
+class Vectors(NamedTuple):
+    """Which vectors of a modulation table a stream takes: its own places in the table's second dimension.
+
+    The first three for the normalisation that is to come, `gate` for the branch that goes before it.
+    """
+
+    shift: int
+    scale: int
+    gate: int = -1
+
+
+class Site(NamedTuple):
+    """The vectors of both streams at one normalisation."""
+
+    text: Vectors
+    image: Vectors
+
+
+def parts(layout: Layout, site: Site) -> Iterator[tuple[slice, int, Vectors]]:
+    """The rows that share their vectors: (rows, picture, vectors)."""
+    if layout.batch == 1 and site.text == site.image:
+        yield slice(0, layout.rows), 0, site.image
+        return
+    for b in range(layout.batch):
+        yield slice(b * layout.text, (b + 1) * layout.text), b, site.text
+    for b in range(layout.batch):
+        first = layout.text_rows + b * layout.image
+        yield slice(first, first + layout.image), b, site.image
+
+
+def modulated_norm(x: Tensor, modulation: Tensor, layout: Layout, site: Site) -> Tensor:
+    """LayerNorm(x)·(1 + scale) + shift, each row with its own stream's and picture's vectors.
+
+    Args:
+        x: [rows, D].
+        modulation: [batch, vectors, D].
+    """
+    normed = torch.empty_like(x)
+    for rows, b, at in parts(layout, site):
+        weight, bias = 1 + modulation[b, at.scale], modulation[b, at.shift]
+        normed[rows] = F.layer_norm(x[rows], x.shape[1:], weight, bias, EPSILON)
+    return normed
+
+
+def add_norm(x: Tensor, branch: Tensor, modulation: Tensor, layout: Layout, site: Site) -> Tensor:
+    """Adds gate·branch to the residual stream `x` in place, then returns `modulated_norm` of it.
+
+    Args:
+        x, branch: [rows, D].
+        modulation: [batch, vectors, D].
+    """
+    for rows, b, at in parts(layout, site):
+        x[rows].addcmul_(branch[rows], modulation[b, at.gate])
+    return modulated_norm(x, modulation, layout, site)
+
+
+def norm_rotate_(
+    qkv: Tensor, heads: int, text_weight: Tensor, image_weight: Tensor, rotary: Tensor, layout: Layout
+) -> None:
+    """RMSNorm of each head's query and key, then their rotation, in place; values stay as they are.
+
+    Args:
+        qkv: [rows, ≥ 3·D], of any row stride; the first 2·D columns are written.
+        text_weight, image_weight: [2, head size], for query and key.
+        rotary: [text + image, head size / 2, 2] fp32, cosine and sine of each pair's angle.
+    """
+    size = text_weight.shape[1]
+    streams = [
+        (qkv[: layout.text_rows], text_weight, rotary[: layout.text]),
+        (qkv[layout.text_rows :], image_weight, rotary[layout.text :]),
+    ]
+    if layout.batch == 1 and text_weight is image_weight:
+        streams = [(qkv, image_weight, rotary)]
+    for rows, weight, table in streams:
+        qk = rows[:, : 2 * heads * size].view(layout.batch, len(table), 2, heads, size)
+        normed = F.rms_norm(qk.float(), (size,), eps=EPSILON) * weight.float()[:, None]
+        pairs = torch.view_as_complex(normed.unflatten(-1, (-1, 2)))
+        turned = pairs * torch.view_as_complex(table)[:, None, None]
+        qk.copy_(torch.view_as_real(turned).flatten(-2))
+
+
+def gelu_(x: Tensor) -> None:
+    """GELU by its tanh form, in place, of any row stride."""
+    torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+def attention(qkv: Tensor, heads: int, size: int, layout: Layout) -> Tensor:
+    """Softmax(q·kᵀ/√size)·v of each picture over its own text and image together: [rows, ≥ 3·D] → [rows, D]."""
+    q, k, v = gathered(qkv[:, : 3 * heads * size], layout).unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4)
+    return scattered(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), layout)
+
+
+def gathered(rows: Tensor, layout: Layout) -> Tensor:
+    """[rows, N] → [batch, text + image, N]: each picture's tokens together; a view where there is one picture."""
+    if layout.batch == 1:
+        return rows[None]
+    streams = rows.split((layout.text_rows, layout.rows - layout.text_rows))
+    return torch.cat([stream.unflatten(0, (layout.batch, -1)) for stream in streams], dim=1)
+
+
+def scattered(tokens: Tensor, layout: Layout) -> Tensor:
+    """The inverse of `gathered`."""
+    if layout.batch == 1:
+        return tokens[0]
+    return torch.cat([stream.flatten(0, 1) for stream in tokens.split((layout.text, layout.image), dim=1)])
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of each operation. Those of this module unless another is put in place."""
+
+    modulated_norm: Callable[[Tensor, Tensor, Layout, Site], Tensor] = modulated_norm
+    add_norm: Callable[[Tensor, Tensor, Tensor, Layout, Site], Tensor] = add_norm
+    norm_rotate_: Callable[[Tensor, int, Tensor, Tensor, Tensor, Layout], None] = norm_rotate_
+    gelu_: Callable[[Tensor], None] = gelu_
+    attention: Callable[[Tensor, int, int, Layout], Tensor] = attention

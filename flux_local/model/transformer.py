@@ -1,0 +1,323 @@
+"""FLUX.1's transformer, our own: the weights of diffusers' `FluxTransformer2DModel`, laid out for speed.
+
+What does not change between steps is computed once a picture, in a `Condition`: the prompt through the context
+embedder, and the modulation of every block for all steps, which depends on time, guidance and the pooled prompt alone.
+A step is then matrix products and the few operations of `ops`. Knows nothing of schedules, guidance rules or seeds.
+
+The architecture is that of Black Forest Labs' FLUX.1 (double blocks, in which text and image have weights of their own
+and attend together, then single blocks, in which attention and MLP run side by side).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux_local.model.latents import position_ids
+from flux_local.model.ops import Layout, Ops, Site, Vectors
+from flux_local.model.text import PromptEmbedding
+
+MLP_RATIO = 4
+ROTARY_BASE = 10_000.0
+SINUSOIDS = 256
+"""Features of a time or a guidance scale before its MLP."""
+TIMESTEPS = 1000
+"""The transformer's time runs from 0 to this, and guidance is multiplied by it; sigma is a thousandth."""
+
+Weights = Callable[[str], Tensor]
+"""A tensor by its name in diffusers' state dict, in the precision and on the device that it is to have."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The numbers that make one FLUX transformer different from another."""
+
+    heads: int
+    head_size: int
+    double_blocks: int
+    single_blocks: int
+    guided: bool
+    rotary_axes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Geometry:
+        """From the `config.json` of a `FluxTransformer2DModel`."""
+        return cls(
+            config["num_attention_heads"], config["attention_head_dim"], config["num_layers"],
+            config["num_single_layers"], config["guidance_embeds"], tuple(config["axes_dims_rope"]),
+        )  # fmt: skip
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_size
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x·Wᵀ + b. `weight` is [out, in]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def into(self, out: Tensor, x: Tensor) -> None:
+        """Writes y to `out` [rows, out]; both of any row stride."""
+        torch.addmm(self.bias, x, self.weight.t(), out=out)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a double block has for the text, and again for the image."""
+
+    qkv: Linear
+    norm: Tensor
+    """[2, head size]: the weights of the query's and the key's RMSNorm."""
+    out: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class DoubleBlock:
+    text: Stream
+    image: Stream
+
+
+@dataclass(frozen=True)
+class SingleBlock:
+    qkv_up: Linear
+    """Query, key and value and the MLP's hidden layer in one product: [7·D, D]."""
+    norm: Tensor
+    out: Linear
+    """Attention's output and the MLP's, back in one product: [D, 5·D]."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """All that the transformer has to know of one picture's prompt, schedule and guidance."""
+
+    context: Tensor
+    """[text, D]."""
+    modulation: Tensor
+    """[steps, vectors, D]."""
+
+
+class FluxTransformer:
+    """Noisy latents and a condition in, velocity out."""
+
+    def __init__(self, geometry: Geometry, weights: Weights, ops: Ops | None = None) -> None:
+        self.geometry = geometry
+        self.ops = ops or Ops()
+        self.image_in = linear(weights, "x_embedder")
+        self.text_in = linear(weights, "context_embedder")
+        embedders = ["timestep_embedder", "guidance_embedder"] if geometry.guided else ["timestep_embedder"]
+        self.scalars_in = [mlp(weights, f"time_text_embed.{name}") for name in embedders]
+        self.pooled_in = mlp(weights, "time_text_embed.text_embedder")
+        self.modulation = modulation(geometry, weights)
+        self.doubles = [double_block(weights, f"transformer_blocks.{i}") for i in range(geometry.double_blocks)]
+        self.singles = [single_block(weights, f"single_transformer_blocks.{i}") for i in range(geometry.single_blocks)]
+        self.out = linear(weights, "proj_out")
+        self.sites = sites(geometry)
+        self.dtype, self.device = self.image_in.weight.dtype, self.image_in.weight.device
+        self._rotary: dict[tuple[int, int, int], Tensor] = {}
+
+    @torch.inference_mode()
+    def condition(self, prompt: PromptEmbedding, sigmas: Sequence[float], guidance: float) -> Condition:
+        """Everything about a picture that its steps share.
+
+        Args:
+            sigmas: the noise level at the beginning of each step.
+            guidance: the distilled guidance scale; without effect on a model that has no such input.
+        """
+        # Rounded to the model's precision before the division and after it, as diffusers' FluxPipeline does.
+        times = (torch.tensor(sigmas, dtype=torch.float32) * TIMESTEPS).to(self.dtype) / TIMESTEPS
+        scalars = [times.to(self.device) * TIMESTEPS]
+        if self.geometry.guided:
+            scalars.append(torch.full_like(scalars[0], guidance) * TIMESTEPS)
+        embedded = sum(
+            embed(sinusoids(values).to(self.dtype)) for embed, values in zip(self.scalars_in, scalars, strict=True)
+        )
+        embedded = embedded + self.pooled_in(prompt.pooled.to(self.dtype))
+        vectors = self.modulation(F.silu(embedded))
+        return Condition(
+            self.text_in(prompt.states[0].to(self.dtype)),
+            vectors.view(len(sigmas), -1, self.geometry.width),
+        )
+
+    @torch.inference_mode()
+    def velocity(
+        self, latents: Tensor, conditions: Sequence[Condition], steps: Sequence[int], width: int, height: int
+    ) -> Tensor:
+        """[B, tokens, 64] → the same: the velocity of each picture at its own step.
+
+        Args:
+            latents: of one canvas of `width` × `height` pixels.
+            conditions: one a picture, of one prompt length.
+            steps: which row of its modulation each picture is at.
+        """
+        context = torch.stack([c.context for c in conditions])
+        vectors = torch.stack([c.modulation[step] for c, step in zip(conditions, steps, strict=True)])
+        return self.forward(latents, context, vectors, self.rotary(width, height, context.shape[1]))
+
+    def forward(self, latents: Tensor, context: Tensor, modulation: Tensor, rotary: Tensor) -> Tensor:
+        """One pass, of tensors alone: nothing here depends on their values, so that it can be captured in a graph.
+
+        Args:
+            latents: [B, tokens, 64].
+            context: [B, text, D].
+            modulation: [B, vectors, D].
+            rotary: [text + tokens, head size / 2, 2].
+        """
+        layout = Layout(len(latents), context.shape[1], latents.shape[1])
+        x = torch.empty(layout.rows, self.geometry.width, dtype=self.dtype, device=self.device)
+        x[: layout.text_rows] = context.flatten(0, 1)
+        self.image_in.into(x[layout.text_rows :], latents.flatten(0, 1))
+        following = iter(self.sites)
+        normed = self.ops.modulated_norm(x, modulation, layout, next(following))
+        for double in self.doubles:
+            branch = self.attend(double, normed, rotary, layout)
+            normed = self.ops.add_norm(x, branch, modulation, layout, next(following))
+            branch = self.feed_forward(double, normed, layout)
+            normed = self.ops.add_norm(x, branch, modulation, layout, next(following))
+        for single in self.singles:
+            branch = self.attend_and_feed_forward(single, normed, rotary, layout)
+            normed = self.ops.add_norm(x, branch, modulation, layout, next(following))
+        return self.out(normed[layout.text_rows :]).view(layout.batch, layout.image, -1)
+
+    def attend(self, block: DoubleBlock, x: Tensor, rotary: Tensor, layout: Layout) -> Tensor:
+        """[rows, D] → [rows, D]: both streams attend to both."""
+        heads, size = self.geometry.heads, self.geometry.head_size
+        qkv = x.new_empty(layout.rows, 3 * self.geometry.width)
+        each_stream(block.text.qkv, block.image.qkv, qkv, x, layout)
+        self.ops.norm_rotate_(qkv, heads, block.text.norm, block.image.norm, rotary, layout)
+        attended = self.ops.attention(qkv, heads, size, layout)
+        return each_stream(block.text.out, block.image.out, torch.empty_like(x), attended, layout)
+
+    def feed_forward(self, block: DoubleBlock, x: Tensor, layout: Layout) -> Tensor:
+        """[rows, D] → [rows, D]: each stream through its own MLP."""
+        hidden = x.new_empty(layout.rows, MLP_RATIO * self.geometry.width)
+        each_stream(block.text.up, block.image.up, hidden, x, layout)
+        self.ops.gelu_(hidden)
+        return each_stream(block.text.down, block.image.down, torch.empty_like(x), hidden, layout)
+
+    def attend_and_feed_forward(self, block: SingleBlock, x: Tensor, rotary: Tensor, layout: Layout) -> Tensor:
+        """[rows, D] → [rows, D]. Attention's output takes the values' place, so that it lies beside the MLP's."""
+        heads, size, width = self.geometry.heads, self.geometry.head_size, self.geometry.width
+        buffer = block.qkv_up(x)
+        self.ops.norm_rotate_(buffer, heads, block.norm, block.norm, rotary, layout)
+        buffer[:, 2 * width : 3 * width] = self.ops.attention(buffer, heads, size, layout)
+        self.ops.gelu_(buffer[:, 3 * width :])
+        return block.out(buffer[:, 2 * width :])
+
+    def rotary(self, width: int, height: int, text: int) -> Tensor:
+        """[text + tokens, head size / 2, 2] fp32 of a canvas: cosine and sine, kept from the first time."""
+        key = (width, height, text)
+        if key not in self._rotary:
+            positions = torch.cat([torch.zeros(text, 3), position_ids(width, height)]).double()
+            angles = [
+                torch.outer(positions[:, axis], ROTARY_BASE ** -(torch.arange(0, size, 2, dtype=torch.float64) / size))
+                for axis, size in enumerate(self.geometry.rotary_axes)
+            ]
+            angle = torch.cat(angles, dim=1)
+            self._rotary[key] = torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(self.device)
+        return self._rotary[key]
+
+
+def each_stream(text: Linear, image: Linear, out: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """The text's rows through one layer, the image's through another, into one buffer; returns that."""
+    text.into(out[: layout.text_rows], x[: layout.text_rows])
+    image.into(out[layout.text_rows :], x[layout.text_rows :])
+    return out
+
+
+def sinusoids(values: Tensor) -> Tensor:
+    """[N] → [N, 256] fp32: cosines, then sines, of the values at geometric frequencies (arXiv 1706.03762, 3.5)."""
+    half = SINUSOIDS // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=values.device) * (-math.log(10_000) / half))
+    angles = values.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def sites(geometry: Geometry) -> list[Site]:
+    """Where in the modulation table each normalisation finds its vectors, in the order of the pass.
+
+    The table has, for each double block, six vectors of the image and six of the text (shift, scale, gate of the
+    attention; shift, scale, gate of the MLP), for each single block three, then scale and shift of the last
+    normalisation. A site's gate is that of the branch which ended just before it.
+    """
+    norms, gates = list[tuple[tuple[int, int], tuple[int, int]]](), list[tuple[int, int]]()
+    at = 0
+    for _ in range(geometry.double_blocks):
+        image, text = at, at + 6
+        for branch in (0, 3):
+            norms.append(((text + branch, text + branch + 1), (image + branch, image + branch + 1)))
+            gates.append((text + branch + 2, image + branch + 2))
+        at += 12
+    for _ in range(geometry.single_blocks):
+        norms.append(((at, at + 1), (at, at + 1)))
+        gates.append((at + 2, at + 2))
+        at += 3
+    norms.append(((at + 1, at), (at + 1, at)))
+    return [
+        Site(Vectors(*text, gate=gate[0]), Vectors(*image, gate=gate[1]))
+        for (text, image), gate in zip(norms, [(-1, -1), *gates], strict=True)
+    ]
+
+
+def modulation(geometry: Geometry, weights: Weights) -> Linear:
+    """The modulation layers of all blocks as one, in the order that `sites` describes."""
+    names = []
+    for i in range(geometry.double_blocks):
+        names += [f"transformer_blocks.{i}.norm1.linear", f"transformer_blocks.{i}.norm1_context.linear"]
+    names += [f"single_transformer_blocks.{i}.norm.linear" for i in range(geometry.single_blocks)]
+    return joined(weights, *names, "norm_out.linear")
+
+
+def linear(weights: Weights, name: str) -> Linear:
+    return Linear(weights(f"{name}.weight"), weights(f"{name}.bias"))
+
+
+def joined(weights: Weights, *names: str) -> Linear:
+    """Several layers of the same input as one: their outputs side by side."""
+    layers = [linear(weights, name) for name in names]
+    return Linear(torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
+
+
+def mlp(weights: Weights, name: str) -> Callable[[Tensor], Tensor]:
+    """Two layers with SiLU between."""
+    first, second = linear(weights, f"{name}.linear_1"), linear(weights, f"{name}.linear_2")
+    return lambda x: second(F.silu(first(x)))
+
+
+def double_block(weights: Weights, name: str) -> DoubleBlock:
+    def stream(q: str, k: str, v: str, norms: tuple[str, str], out: str, feed_forward: str) -> Stream:
+        return Stream(
+            qkv=joined(weights, *(f"{name}.attn.{part}" for part in (q, k, v))),
+            norm=torch.stack([weights(f"{name}.attn.{norm}.weight") for norm in norms]),
+            out=linear(weights, f"{name}.attn.{out}"),
+            up=linear(weights, f"{name}.{feed_forward}.net.0.proj"),
+            down=linear(weights, f"{name}.{feed_forward}.net.2"),
+        )
+
+    return DoubleBlock(
+        text=stream(
+            "add_q_proj", "add_k_proj", "add_v_proj", ("norm_added_q", "norm_added_k"), "to_add_out", "ff_context"
+        ),
+        image=stream("to_q", "to_k", "to_v", ("norm_q", "norm_k"), "to_out.0", "ff"),
+    )
+
+
+def single_block(weights: Weights, name: str) -> SingleBlock:
+    return SingleBlock(
+        qkv_up=joined(weights, f"{name}.attn.to_q", f"{name}.attn.to_k", f"{name}.attn.to_v", f"{name}.proj_mlp"),
+        norm=torch.stack([weights(f"{name}.attn.norm_q.weight"), weights(f"{name}.attn.norm_k.weight")]),
+        out=linear(weights, f"{name}.proj_out"),
+    )
