@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 from flux_local import weights
 from flux_local.params import ModelInfo
 from tests.servers import MODEL, Server, running
+
+os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is first imported
 
 
 @pytest.fixture(scope="session")

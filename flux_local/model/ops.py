@@ -1,4 +1,4 @@
-"""The operations that FLUX.1's transformer is made of beside matrix products, in plain torch: the truth for all others.
+"""What FLUX.1 computes beside matrix products and convolutions, in plain torch: the truth for all other forms.
 
 Tokens lie in rows: first the text of every picture of the batch, then the image of every picture. A stream's rows are
 thus one contiguous range at any batch size, and no block joins or splits anything. Knows no weights and no blocks.
@@ -90,23 +90,21 @@ def add_norm(x: Tensor, branch: Tensor, modulation: Tensor, layout: Layout, site
     return modulated_norm(x, modulation, layout, site)
 
 
-def norm_rotate_(
-    qkv: Tensor, heads: int, text_weight: Tensor, image_weight: Tensor, rotary: Tensor, layout: Layout
-) -> None:
+def norm_rotate_(qkv: Tensor, heads: int, weights: Tensor, rotary: Tensor, layout: Layout) -> None:
     """RMSNorm of each head's query and key, then their rotation, in place; values stay as they are.
 
     Args:
         qkv: [rows, ≥ 3·D], of any row stride; the first 2·D columns are written.
-        text_weight, image_weight: [2, head size], for query and key.
+        weights: [streams, 2, head size], for query and key, of text and image or of both at once.
         rotary: [text + image, head size / 2, 2] fp32, cosine and sine of each pair's angle.
     """
-    size = text_weight.shape[1]
+    size = weights.shape[2]
     streams = [
-        (qkv[: layout.text_rows], text_weight, rotary[: layout.text]),
-        (qkv[layout.text_rows :], image_weight, rotary[layout.text :]),
+        (qkv[: layout.text_rows], weights[0], rotary[: layout.text]),
+        (qkv[layout.text_rows :], weights[-1], rotary[layout.text :]),
     ]
-    if layout.batch == 1 and text_weight is image_weight:
-        streams = [(qkv, image_weight, rotary)]
+    if layout.batch == 1 and len(weights) == 1:
+        streams = [(qkv, weights[0], rotary)]
     for rows, weight, table in streams:
         qk = rows[:, : 2 * heads * size].view(layout.batch, len(table), 2, heads, size)
         normed = F.rms_norm(qk.float(), (size,), eps=EPSILON) * weight.float()[:, None]
@@ -141,12 +139,18 @@ def scattered(tokens: Tensor, layout: Layout) -> Tensor:
     return torch.cat([stream.flatten(0, 1) for stream in tokens.split((layout.text, layout.image), dim=1)])
 
 
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """SiLU(GroupNorm(x)) of pictures [B, C, h, w]: what stands before each convolution of the autoencoder."""
+    return F.silu(F.group_norm(x, groups, weight, bias, epsilon))
+
+
 @dataclass(frozen=True)
 class Ops:
     """One implementation of each operation. Those of this module unless another is put in place."""
 
     modulated_norm: Callable[[Tensor, Tensor, Layout, Site], Tensor] = modulated_norm
     add_norm: Callable[[Tensor, Tensor, Tensor, Layout, Site], Tensor] = add_norm
-    norm_rotate_: Callable[[Tensor, int, Tensor, Tensor, Tensor, Layout], None] = norm_rotate_
+    norm_rotate_: Callable[[Tensor, int, Tensor, Tensor, Layout], None] = norm_rotate_
     gelu_: Callable[[Tensor], None] = gelu_
     attention: Callable[[Tensor, int, int, Layout], Tensor] = attention
+    group_norm_silu: Callable[[Tensor, int, Tensor, Tensor, float], Tensor] = group_norm_silu

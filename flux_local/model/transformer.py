@@ -78,8 +78,6 @@ class Stream:
     """What a double block has for the text, and again for the image."""
 
     qkv: Linear
-    norm: Tensor
-    """[2, head size]: the weights of the query's and the key's RMSNorm."""
     out: Linear
     up: Linear
     down: Linear
@@ -89,6 +87,8 @@ class Stream:
 class DoubleBlock:
     text: Stream
     image: Stream
+    norm: Tensor
+    """[2, 2, head size]: for text and image, the weights of the query's and the key's RMSNorm."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class SingleBlock:
     qkv_up: Linear
     """Query, key and value and the MLP's hidden layer in one product: [7·D, D]."""
     norm: Tensor
+    """[1, 2, head size]."""
     out: Linear
     """Attention's output and the MLP's, back in one product: [D, 5·D]."""
 
@@ -197,7 +198,7 @@ class FluxTransformer:
         heads, size = self.geometry.heads, self.geometry.head_size
         qkv = x.new_empty(layout.rows, 3 * self.geometry.width)
         each_stream(block.text.qkv, block.image.qkv, qkv, x, layout)
-        self.ops.norm_rotate_(qkv, heads, block.text.norm, block.image.norm, rotary, layout)
+        self.ops.norm_rotate_(qkv, heads, block.norm, rotary, layout)
         attended = self.ops.attention(qkv, heads, size, layout)
         return each_stream(block.text.out, block.image.out, torch.empty_like(x), attended, layout)
 
@@ -212,7 +213,7 @@ class FluxTransformer:
         """[rows, D] → [rows, D]. Attention's output takes the values' place, so that it lies beside the MLP's."""
         heads, size, width = self.geometry.heads, self.geometry.head_size, self.geometry.width
         buffer = block.qkv_up(x)
-        self.ops.norm_rotate_(buffer, heads, block.norm, block.norm, rotary, layout)
+        self.ops.norm_rotate_(buffer, heads, block.norm, rotary, layout)
         buffer[:, 2 * width : 3 * width] = self.ops.attention(buffer, heads, size, layout)
         self.ops.gelu_(buffer[:, 3 * width :])
         return block.out(buffer[:, 2 * width :])
@@ -298,26 +299,35 @@ def mlp(weights: Weights, name: str) -> Callable[[Tensor], Tensor]:
 
 
 def double_block(weights: Weights, name: str) -> DoubleBlock:
-    def stream(q: str, k: str, v: str, norms: tuple[str, str], out: str, feed_forward: str) -> Stream:
+    attention = f"{name}.attn"
+
+    def stream(q: str, k: str, v: str, out: str, feed_forward: str) -> Stream:
         return Stream(
-            qkv=joined(weights, *(f"{name}.attn.{part}" for part in (q, k, v))),
-            norm=torch.stack([weights(f"{name}.attn.{norm}.weight") for norm in norms]),
-            out=linear(weights, f"{name}.attn.{out}"),
+            qkv=joined(weights, *(f"{attention}.{part}" for part in (q, k, v))),
+            out=linear(weights, f"{attention}.{out}"),
             up=linear(weights, f"{name}.{feed_forward}.net.0.proj"),
             down=linear(weights, f"{name}.{feed_forward}.net.2"),
         )
 
     return DoubleBlock(
-        text=stream(
-            "add_q_proj", "add_k_proj", "add_v_proj", ("norm_added_q", "norm_added_k"), "to_add_out", "ff_context"
-        ),
-        image=stream("to_q", "to_k", "to_v", ("norm_q", "norm_k"), "to_out.0", "ff"),
-    )
+        text=stream("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context"),
+        image=stream("to_q", "to_k", "to_v", "to_out.0", "ff"),
+        norm=torch.stack([
+            head_norm(weights, attention, "norm_added_q", "norm_added_k"),
+            head_norm(weights, attention, "norm_q", "norm_k"),
+        ]),
+    )  # fmt: skip
 
 
 def single_block(weights: Weights, name: str) -> SingleBlock:
+    attention = f"{name}.attn"
     return SingleBlock(
-        qkv_up=joined(weights, f"{name}.attn.to_q", f"{name}.attn.to_k", f"{name}.attn.to_v", f"{name}.proj_mlp"),
-        norm=torch.stack([weights(f"{name}.attn.norm_q.weight"), weights(f"{name}.attn.norm_k.weight")]),
+        qkv_up=joined(weights, *(f"{attention}.{part}" for part in ("to_q", "to_k", "to_v")), f"{name}.proj_mlp"),
+        norm=head_norm(weights, attention, "norm_q", "norm_k")[None],
         out=linear(weights, f"{name}.proj_out"),
     )
+
+
+def head_norm(weights: Weights, attention: str, query: str, key: str) -> Tensor:
+    """[2, head size]."""
+    return torch.stack([weights(f"{attention}.{query}.weight"), weights(f"{attention}.{key}.weight")])

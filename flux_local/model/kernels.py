@@ -1,0 +1,194 @@
+"""The operations of `ops` as Triton kernels, for a GPU. Each says the same as its torch form, in one pass over memory.
+
+Launch shapes are fixed by the sizes alone: nothing is tuned at run time, so that a server starts at once and the same
+request gives the same bits. Sums are kept in fp32. Whether a kernel is used is decided in `selfcheck`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flux_local.model.ops import EPSILON, Layout, Site
+
+GELU_BLOCK = 1024
+PIXELS = 256
+"""Pixels whose sums one program of the group norm takes,"""
+TILE = 4096
+"""as so many numbers at a time."""
+
+
+@triton.jit
+def _add_norm(
+    x, branch, modulation, out, width, picture_stride, text_rows, text, image,
+    text_shift, text_scale, text_gate, image_shift, image_scale, image_gate,
+    epsilon, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    of_image = row >= text_rows
+    picture = tl.where(of_image, (row - text_rows) // image, row // text)
+    vectors = modulation + picture * picture_stride
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * width + columns, inside, 0.0).to(tl.float32)
+    if ADD:
+        gate = tl.load(vectors + tl.where(of_image, image_gate, text_gate) * width + columns, inside, 0.0)
+        added = tl.load(branch + row * width + columns, inside, 0.0)
+        value += gate.to(tl.float32) * added.to(tl.float32)
+        rounded = value.to(x.dtype.element_ty)
+        tl.store(x + row * width + columns, rounded, inside)
+        value = rounded.to(tl.float32)
+    mean = tl.sum(value, 0) / width
+    centred = tl.where(inside, value - mean, 0.0)
+    deviation = tl.sqrt(tl.sum(centred * centred, 0) / width + epsilon)
+    scale = tl.load(vectors + tl.where(of_image, image_scale, text_scale) * width + columns, inside, 0.0)
+    shift = tl.load(vectors + tl.where(of_image, image_shift, text_shift) * width + columns, inside, 0.0)
+    normed = centred / deviation * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
+    tl.store(out + row * width + columns, normed.to(out.dtype.element_ty), inside)
+
+
+def launch_add_norm(x: Tensor, branch: Tensor | None, modulation: Tensor, layout: Layout, site: Site) -> Tensor:
+    rows, width = x.shape
+    assert x.is_contiguous()
+    assert modulation.stride()[1:] == (width, 1)
+    assert branch is None or branch.is_contiguous()
+    out = torch.empty_like(x)
+    _add_norm[(rows,)](
+        x, x if branch is None else branch, modulation, out, width, modulation.stride(0), layout.text_rows,
+        layout.text, layout.image, *site.text, *site.image, EPSILON,
+        ADD=branch is not None, BLOCK=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def modulated_norm(x: Tensor, modulation: Tensor, layout: Layout, site: Site) -> Tensor:
+    """`ops.modulated_norm`."""
+    return launch_add_norm(x, None, modulation, layout, site)
+
+
+def add_norm(x: Tensor, branch: Tensor, modulation: Tensor, layout: Layout, site: Site) -> Tensor:
+    """`ops.add_norm`: the residual stream is read and written once."""
+    return launch_add_norm(x, branch, modulation, layout, site)
+
+
+@triton.jit
+def _norm_rotate(
+    qkv, weights, rotary, row_stride, stream_stride, heads, size, text_rows, text, image, epsilon,
+    HEADS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    which = tl.program_id(1)
+    of_image = row >= text_rows
+    position = tl.where(of_image, text + (row - text_rows) % image, row % text)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, SIZE)[None, :]
+    inside = (head < heads) & (column < size)
+    at = qkv + row * row_stride + which * heads * size + head * size + column
+    value = tl.load(at, inside, 0.0).to(tl.float32)
+    root = tl.sqrt(tl.sum(value * value, 1) / size + epsilon)
+    of_stream = weights + tl.where(of_image, stream_stride, 0) + which * size
+    weight = tl.load(of_stream + column, column < size, 0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(value / root[:, None] * weight, (HEADS, SIZE // 2, 2)))
+    angle = tl.load(rotary + position * size + column, column < size, 0.0)
+    cosine, sine = tl.split(tl.reshape(angle, (1, SIZE // 2, 2)))
+    turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+    tl.store(at, tl.reshape(turned, (HEADS, SIZE)).to(qkv.dtype.element_ty), inside)
+
+
+def norm_rotate_(qkv: Tensor, heads: int, weights: Tensor, rotary: Tensor, layout: Layout) -> None:
+    """`ops.norm_rotate_`: a program for the queries of a row, another for its keys."""
+    streams, _, size = weights.shape
+    assert qkv.stride(1) == 1
+    assert rotary.is_contiguous()
+    assert weights.is_contiguous()
+    _norm_rotate[(len(qkv), 2)](
+        qkv, weights, rotary, qkv.stride(0), weights.stride(0) if streams > 1 else 0, heads, size, layout.text_rows,
+        layout.text, layout.image, EPSILON, HEADS=triton.next_power_of_2(heads), SIZE=triton.next_power_of_2(size),
+        num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gelu(x, width, row_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = x + row * row_stride + column
+    value = tl.load(at, column < width, 0.0).to(tl.float32)
+    # x·(1 + tanh u)/2 = x·sigmoid(2u), u = √(2/π)·(x + 0.044715·x³)
+    turned = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+    tl.store(at, turned.to(x.dtype.element_ty), column < width)
+
+
+def gelu_(x: Tensor) -> None:
+    """`ops.gelu_`."""
+    rows, width = x.shape
+    assert x.stride(1) == 1
+    _gelu[(rows, triton.cdiv(width, GELU_BLOCK))](x, width, x.stride(0), BLOCK=GELU_BLOCK, num_warps=4)
+
+
+@triton.jit
+def _channel_sums(x, sums, pixels, channels, PIXELS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    block, picture = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, CHANNELS)[None, :]
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    squares = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for first in range(0, PIXELS, ROWS):
+        pixel = block * PIXELS + first + row
+        at = x + (picture * pixels + pixel) * channels + channel
+        value = tl.load(at, (channel < channels) & (pixel < pixels), 0.0).to(tl.float32)
+        total += value
+        squares += value * value
+    channel = tl.arange(0, CHANNELS)
+    out = sums + (picture * tl.num_programs(0) + block) * 2 * channels + channel
+    tl.store(out, tl.sum(total, 0), channel < channels)
+    tl.store(out + channels, tl.sum(squares, 0), channel < channels)
+
+
+@triton.jit
+def _scale_shift_silu(x, scale, shift, out, pixels, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    block, picture = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    pixel, channel = block * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, CHANNELS)[None, :]
+    inside = (channel < channels) & (pixel < pixels)
+    at = (picture * pixels + pixel) * channels + channel
+    value = tl.load(x + at, inside, 0.0).to(tl.float32)
+    value = value * tl.load(scale + picture * channels + channel, channel < channels, 0.0)
+    value += tl.load(shift + picture * channels + channel, channel < channels, 0.0)
+    tl.store(out + at, (value * tl.sigmoid(value)).to(out.dtype.element_ty), inside)
+
+
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """`ops.group_norm_silu` on channels-last pictures: once over them for the sums, once to turn them.
+
+    The few sums are put together in fp64, in an order that depends on the shape alone.
+    """
+    batch, channels, height, width = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    pixels, block = height * width, triton.next_power_of_2(channels)
+    rows = max(1, TILE // block)
+    sums = torch.empty(batch, triton.cdiv(pixels, PIXELS), 2, channels, dtype=torch.float32, device=x.device)
+    _channel_sums[(sums.shape[1], batch)](
+        x, sums, pixels, channels, PIXELS=PIXELS, ROWS=min(rows, PIXELS), CHANNELS=block, num_warps=8
+    )
+    per_group = channels // groups
+    of_groups = sums.sum(1, dtype=torch.float64).view(batch, 2, groups, per_group).sum(-1) / (pixels * per_group)
+    mean, square = of_groups.repeat_interleave(per_group, dim=2).unbind(1)
+    root = torch.rsqrt(square - mean * mean + epsilon) * weight
+    scale, shift = root.float(), (bias - mean * root).float()
+    out = torch.empty_like(x)
+    _scale_shift_silu[(triton.cdiv(pixels, rows), batch)](
+        x, scale, shift, out, pixels, channels, ROWS=rows, CHANNELS=block, num_warps=8
+    )
+    return out
+
+
+KERNELS: dict[str, Any] = {
+    "modulated_norm": modulated_norm,
+    "add_norm": add_norm,
+    "norm_rotate_": norm_rotate_,
+    "gelu_": gelu_,
+    "group_norm_silu": group_norm_silu,
+}

@@ -1,0 +1,129 @@
+"""Which form of each operation a device gets: its kernel, if that says the same as the torch form, else the torch form.
+
+Every kernel is run once on random data of the sizes that it will see. One that does not compile, fails, or is further
+from the torch form than rounding explains is left out, with a warning: a card may be slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux_local.model.ops import Layout, Ops, Site, Vectors
+
+log = logging.getLogger("flux_local.selfcheck")
+
+SITE = Site(Vectors(0, 1, 2), Vectors(3, 4, 5))
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+"""Largest ‖kernel − truth‖ / ‖truth‖: rounding of the results, twice over."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the data that kernels are checked on."""
+
+    heads: int
+    head_size: int
+    layout: Layout
+    channels: int = 128
+    groups: int = 32
+    side: int = 64
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where a trial's numbers come from: rounded to one precision, given in another, so that a truth can be had."""
+
+    device: str
+    rounded: torch.dtype
+    given: torch.dtype
+
+    def random(self, seed: int, *shape: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.device).to(self.rounded).to(self.given)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one kernel. `error` is relative to the truth; None if it did not run."""
+
+    name: str
+    good: bool
+    error: float | None
+    reason: str = ""
+
+
+def choose(kernels: Mapping[str, Any], sizes: Sizes, device: str, dtype: torch.dtype) -> tuple[Ops, list[Finding]]:
+    """The operations for a device, and what was found of each kernel."""
+    findings = [check(name, kernel, sizes, device, dtype) for name, kernel in kernels.items()]
+    for finding in findings:
+        if not finding.good:
+            log.warning("kernel %s is not used: %s", finding.name, finding.reason)
+    return replace(Ops(), **{f.name: kernels[f.name] for f in findings if f.good}), findings
+
+
+def check(name: str, kernel: Any, sizes: Sizes, device: str, dtype: torch.dtype) -> Finding:
+    """Runs a kernel, and its torch form on the same data in fp32."""
+    run = TRIALS[name]
+    try:
+        expected = run(getattr(Ops(), name), sizes, Data(device, dtype, torch.float32))
+        found = run(kernel, sizes, Data(device, dtype, dtype))
+    except Exception as error:  # whatever a compiler or a driver raises
+        return Finding(name, False, None, f"{type(error).__name__}: {error}"[:200])
+    distance = float((found.double() - expected.double()).norm() / expected.double().norm())
+    if not distance <= TOLERANCE[dtype]:
+        return Finding(name, False, distance, f"off by {distance:.2e}, more than {TOLERANCE[dtype]:.0e}")
+    return Finding(name, True, distance)
+
+
+def try_norm(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    width = sizes.heads * sizes.head_size
+    x = data.random(0, sizes.layout.rows, width)
+    table = data.random(1, sizes.layout.batch, 6, width)
+    found: Tensor = op(x, table, sizes.layout, SITE)
+    return found
+
+
+def try_add_norm(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    width = sizes.heads * sizes.head_size
+    x = data.random(0, sizes.layout.rows, width)
+    branch = data.random(1, sizes.layout.rows, width)
+    table = data.random(2, sizes.layout.batch, 6, width)
+    return torch.cat([op(x, branch, table, sizes.layout, SITE), x])
+
+
+def try_norm_rotate(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    tokens = sizes.layout.text + sizes.layout.image
+    qkv = data.random(0, sizes.layout.rows, 7 * sizes.heads * sizes.head_size)
+    angle = Data(data.device, torch.float32, torch.float32).random(1, tokens, sizes.head_size // 2)
+    rotary = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    op(qkv, sizes.heads, data.random(2, 2, 2, sizes.head_size), rotary, sizes.layout)
+    return qkv
+
+
+def try_gelu(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    width = sizes.heads * sizes.head_size
+    buffer = data.random(0, sizes.layout.rows, 7 * width)
+    op(buffer[:, 3 * width :])
+    return buffer
+
+
+def try_group_norm(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    x = data.random(0, 1, sizes.channels, sizes.side, sizes.side + 1) * 3 + 1
+    weight, bias = (data.random(seed, sizes.channels) for seed in (1, 2))
+    found: Tensor = op(x.contiguous(memory_format=torch.channels_last), sizes.groups, weight, bias, 1e-6)
+    return found
+
+
+TRIALS: dict[str, Callable[[Any, Sizes, Data], Tensor]] = {
+    "modulated_norm": try_norm,
+    "add_norm": try_add_norm,
+    "norm_rotate_": try_norm_rotate,
+    "gelu_": try_gelu,
+    "group_norm_silu": try_group_norm,
+}

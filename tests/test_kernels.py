@@ -1,0 +1,107 @@
+"""The Triton kernels under Triton's CPU interpreter: against the torch forms in float64, whatever the shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flux_local.model import selfcheck
+from flux_local.model.ops import Layout, Ops, Site, Vectors
+from flux_local.model.selfcheck import TRIALS, Data, Sizes
+
+pytest.importorskip("triton", reason="Triton exists for Linux only")
+DTYPES = (torch.float32, torch.bfloat16)
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 5e-3}  # the interpreter truncates where a GPU rounds
+SITE = Site(Vectors(0, 1, 2), Vectors(3, 4, 5))
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, Any]:
+    from flux_local.model.kernels import KERNELS
+
+    return KERNELS
+
+
+def distance(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found.double() - truth.double()).norm() / truth.double().norm())
+
+
+SIZES = st.builds(
+    Sizes,
+    heads=st.integers(1, 3),
+    head_size=st.sampled_from([2, 6, 16, 48]),
+    layout=st.builds(Layout, st.integers(1, 4), st.integers(1, 3), st.integers(1, 4)),
+    channels=st.sampled_from([4, 24, 96]),
+    groups=st.sampled_from([1, 2, 4]),
+    side=st.integers(1, 19),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TRIALS)
+@given(sizes=SIZES)
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape(kernels: dict[str, Any], name: str, dtype: torch.dtype, sizes: Sizes) -> None:
+    """The kernel is as near to float64 as rounding allows."""
+    truth = TRIALS[name](getattr(Ops(), name), sizes, Data("cpu", dtype, torch.float64))
+    found = TRIALS[name](kernels[name], sizes, Data("cpu", dtype, dtype))
+    assert found.dtype == dtype
+    assert distance(found, truth) <= ROUNDING[dtype]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # numpy's, for sigmoid(−∞)
+@pytest.mark.parametrize("value", [0.0, 1e-20, -3e4, 1e9])
+def test_edge_values(kernels: dict[str, Any], value: float) -> None:
+    """Constant rows have no variance, and large ones must not overflow on the way."""
+    layout = Layout(1, 1, 2)
+    x = torch.full((3, 40), value)
+    table = torch.ones(1, 6, 40)
+    normed = kernels["modulated_norm"](x, table, layout, SITE)
+    torch.testing.assert_close(normed, Ops().modulated_norm(x, table, layout, SITE), atol=1e-5, rtol=1e-5)
+    turned, expected = x.clone(), x.clone()
+    kernels["gelu_"](turned)
+    Ops().gelu_(expected)
+    torch.testing.assert_close(turned, expected)
+
+
+def test_rows_between_strides_are_left_alone(kernels: dict[str, Any]) -> None:
+    buffer = torch.randn(4, 30)
+    kept = buffer.clone()
+    kernels["gelu_"](buffer[:, 10:20])
+    assert torch.equal(buffer[:, :10], kept[:, :10])
+    assert torch.equal(buffer[:, 20:], kept[:, 20:])
+    assert not torch.equal(buffer[:, 10:20], kept[:, 10:20])
+
+
+class TestSelfCheck:
+    """A kernel that is wrong or broken is not used, and the rest are."""
+
+    SIZES = Sizes(2, 16, Layout(1, 3, 4), channels=8, groups=2, side=5)
+
+    def test_all_good(self, kernels: dict[str, Any]) -> None:
+        ops, findings = selfcheck.choose(kernels, self.SIZES, "cpu", torch.bfloat16)
+        assert all(finding.good for finding in findings)
+        assert ops.add_norm is kernels["add_norm"]
+
+    def test_wrong_and_broken_ones(self, kernels: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+        def slightly_wrong(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            return 1.05 * Ops().modulated_norm(x, *rest)
+
+        def broken(*_: Any) -> None:
+            raise RuntimeError("no such instruction")
+
+        def not_finite(x: torch.Tensor, groups: int, *rest: Any) -> torch.Tensor:
+            return torch.full_like(x, float("nan"))
+
+        bad = {"modulated_norm": slightly_wrong, "gelu_": broken, "group_norm_silu": not_finite}
+        ops, findings = selfcheck.choose(kernels | bad, self.SIZES, "cpu", torch.bfloat16)
+        assert {finding.name for finding in findings if not finding.good} == set(bad)
+        assert ops.modulated_norm is Ops().modulated_norm
+        assert ops.gelu_ is Ops().gelu_
+        assert ops.group_norm_silu is Ops().group_norm_silu
+        assert ops.norm_rotate_ is kernels["norm_rotate_"]
+        assert "no such instruction" in caplog.text
