@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-all check format bench clean
+.PHONY: serve test test-all check format bench gpu-check clean
 
 serve: $(VENV)/serve.done
 	@exec $(BIN)/flux-local serve --port $(PORT) --model $(MODEL)
@@ -28,6 +28,10 @@ format: $(VENV)/test.done
 
 bench: $(VENV)/test.done
 	$(BIN)/python scripts/bench.py --model $(MODEL)
+
+# Runs from the bare tree, in whatever Python has torch with CUDA, triton, diffusers, transformers and Pillow.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py --out docs/benchmarks/gpu-check.json
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flux-local needs Python 3.11 or newer; set PYTHON=…"; exit 1; }

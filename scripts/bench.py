@@ -40,6 +40,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+TRACE_SIDES = (128, 160, 192)
 PROMPT = "a large red star on a blue background"
 
 
@@ -206,7 +207,7 @@ def trace(count: int, rate: float, seed: int = 0) -> list[Arrival]:
     at, found = 0.0, []
     for i in range(count):
         at += rng.expovariate(rate)
-        side = rng.choice((128, 160, 192))
+        side = rng.choice(TRACE_SIDES)
         found.append(Arrival(at, f"{side}x{side}", rng.choice((4, 8, 12, 20, 28, 50)), i))
     return found
 
@@ -236,14 +237,37 @@ def percentile(values: list[float], share: float) -> float:
     return values[min(len(values) - 1, round(share * len(values)))]
 
 
+@contextlib.contextmanager
+def any_canvas(name: str) -> Iterator[str]:
+    """The model's folder again, by links, but said to draw at all canvases of the trace: speed asks for no skill."""
+    from flux_local import weights
+
+    folder = weights.find(name)
+    model = weights.info(folder)
+    info = {
+        "canvas": {"min_area": min(TRACE_SIDES) ** 2, "max_area": max(TRACE_SIDES) ** 2},
+        "defaults": {"num_inference_steps": model.default_steps, "guidance_scale": model.default_guidance},
+    }
+    with tempfile.TemporaryDirectory() as copy:
+        for entry in folder.iterdir():
+            if entry.name != weights.INFO:
+                (Path(copy) / entry.name).symlink_to(entry)
+        (Path(copy) / weights.INFO).write_text(json.dumps(info))
+        yield copy
+
+
+def with_model(o: argparse.Namespace, model: str) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(o), "model": model})
+
+
 def compare(o: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The same work to flux-local and to the plain server, one after the other, in one run."""
     full = argparse.Namespace(**{**vars(o), "size": "128x128", "steps": 16, "requests": max(64, o.requests)})
     found: dict[str, Any] = {}
     lone = [Arrival(0.0, a.size, a.steps, a.seed) for a in trace(18, 1.0, seed=1)]
-    with baseline_server(o) as plain, own_server(o) as (ours, _):
+    with any_canvas(o.model) as model, baseline_server(o) as plain, own_server(with_model(o, model)) as (ours, _):
         for url in (plain, ours):
-            replay(url, [Arrival(0.0, f"{side}x{side}", 2, 0) for side in (128, 160, 192)])  # warm-up
+            replay(url, [Arrival(0.0, f"{side}x{side}", 2, 0) for side in TRACE_SIDES])  # warm-up
         rows = {name: measure(full, url, 16) for name, url in (("plain", plain), ("flux-local", ours))}
         service = statistics.mean(replay(plain, [a])[0] for a in lone)
         arrivals = trace(o.trace, 0.8 / service)

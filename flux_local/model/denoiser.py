@@ -125,7 +125,8 @@ class Denoiser:
         """
         for picture, velocity in zip(pictures, self.velocity(pictures).split(1), strict=True):
             sigma, following = (torch.tensor(s, dtype=torch.float32) for s in picture.sigmas[picture.step :][:2])
-            moved = picture.latents.float() + (following - sigma).to(self.device) * velocity
+            # A number, not a tensor: the host hands it over with the launch and waits for nothing.
+            moved = picture.latents.float() + float(following - sigma) * velocity
             if picture.keep is not None:
                 moved = torch.where(picture.keep.repaint > 0, moved, picture.keep.at(float(following)))
             picture.latents = moved.to(self.dtype)

@@ -14,8 +14,10 @@ import torch
 from flux_local.errors import WeightsError
 from flux_local.model.denoiser import Denoiser, Keep, Picture, Transformer, noised
 from flux_local.model.latents import initial_noise
+from flux_local.model.ops import Layout, Ops
 from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.schedule import FlowSchedule
+from flux_local.model.selfcheck import Sizes, accelerated
 from flux_local.model.text import PromptCache, PromptEmbedding, PromptEncoder
 from flux_local.model.transformer import FluxTransformer, Geometry, Weights
 from flux_local.model.vae import Autoencoder
@@ -106,21 +108,29 @@ def load(folder: Path, device: str = "cpu", reference: bool = False) -> Pipeline
         tokenizer(T5TokenizerFast, "tokenizer_2"),
         model(T5EncoderModel, "text_encoder_2", dtype=dtype),
     )
-    denoiser = Denoiser(transformer(folder / "transformer", device, dtype, reference))
-    vae = Autoencoder(model(AutoencoderKL, "vae", dtype=dtype))
+    with translated(folder / "transformer"):
+        geometry = Geometry.of(json.loads((folder / "transformer" / "config.json").read_text()))
+    ops = Ops() if reference or device == "cpu" else operations(geometry, device, dtype)
+    denoiser = Denoiser(transformer(folder / "transformer", geometry, device, dtype, None if reference else ops))
+    vae = Autoencoder(model(AutoencoderKL, "vae", dtype=dtype), ops)
     return Pipeline(text, denoiser, vae, FlowSchedule.load(folder / "scheduler"))
 
 
-def transformer(folder: Path, device: str, dtype: torch.dtype, reference: bool) -> Transformer:
-    """The transformer of a diffusers folder, ours or diffusers' own."""
+def operations(geometry: Geometry, device: str, dtype: torch.dtype) -> Ops:
+    """What a GPU is found to do rightly, at the model's own sizes."""
+    sizes = Sizes(geometry.heads, geometry.head_size, Layout(1, 512, 1024))
+    return accelerated(sizes, device, dtype)[0]
+
+
+def transformer(folder: Path, geometry: Geometry, device: str, dtype: torch.dtype, ops: Ops | None) -> Transformer:
+    """The transformer of a diffusers folder: ours, or without `ops` diffusers' own."""
     with translated(folder):
-        if reference:
+        if ops is None:
             from diffusers import FluxTransformer2DModel
 
             module = FluxTransformer2DModel.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
             return ReferenceTransformer(module.to(device).eval().requires_grad_(False))
-        geometry = Geometry.of(json.loads((folder / "config.json").read_text()))
-        return FluxTransformer(geometry, tensors(folder, device, dtype))
+        return FluxTransformer(geometry, tensors(folder, device, dtype), ops)
 
 
 def tensors(folder: Path, device: str, dtype: torch.dtype) -> Weights:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPSILON = 1e-6
 """Of every normalisation in FLUX.1."""
@@ -122,6 +123,16 @@ def attention(qkv: Tensor, heads: int, size: int, layout: Layout) -> Tensor:
     """Softmax(q·kᵀ/√size)·v of each picture over its own text and image together: [rows, ≥ 3·D] → [rows, D]."""
     q, k, v = gathered(qkv[:, : 3 * heads * size], layout).unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4)
     return scattered(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), layout)
+
+
+def attention_by(backend: SDPBackend) -> Callable[[Tensor, int, int, Layout], Tensor]:
+    """`attention` on one of torch's backends and no other: one that cannot do it raises."""
+
+    def forced(qkv: Tensor, heads: int, size: int, layout: Layout) -> Tensor:
+        with sdpa_kernel(backend):
+            return attention(qkv, heads, size, layout)
+
+    return forced
 
 
 def gathered(rows: Tensor, layout: Layout) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which form of each operation a device gets: its kernel, if that says the same as the torch form, else the torch form.
+"""Which form of each operation a device gets: its kernel if that says the same as the torch form, else the torch form.
 
 Every kernel is run once on random data of the sizes that it will see. One that does not compile, fails, or is further
 from the torch form than rounding explains is left out, with a warning: a card may be slower, never wrong.
@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from flux_local.model.ops import Layout, Ops, Site, Vectors
+from flux_local.model.ops import Layout, Ops, Site, Vectors, attention_by
 
 log = logging.getLogger("flux_local.selfcheck")
 
+ATTENTIONS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+"""The fastest first (performance on Hopper at head size 128: FlashAttention-3, arXiv 2407.08608, figure 5)."""
 SITE = Site(Vectors(0, 1, 2), Vectors(3, 4, 5))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 """Largest ‖kernel − truth‖ / ‖truth‖: rounding of the results, twice over."""
@@ -67,6 +70,25 @@ def choose(kernels: Mapping[str, Any], sizes: Sizes, device: str, dtype: torch.d
     return replace(Ops(), **{f.name: kernels[f.name] for f in findings if f.good}), findings
 
 
+def accelerated(sizes: Sizes, device: str, dtype: torch.dtype) -> tuple[Ops, list[Finding]]:
+    """The fastest operations that a GPU does rightly: Triton's kernels and the first attention of `ATTENTIONS`."""
+    try:
+        from flux_local.model.kernels import KERNELS
+    except ImportError as error:
+        log.warning("Triton cannot be imported (%s); plain torch is used", error)
+        ops, findings = Ops(), [Finding("triton", False, None, str(error))]
+    else:
+        ops, findings = choose(KERNELS, sizes, device, dtype)
+    for backend in ATTENTIONS:
+        attention = attention_by(backend)
+        finding = replace(check("attention", attention, sizes, device, dtype), name=f"attention {backend.name}")
+        findings.append(finding)
+        if finding.good:
+            return replace(ops, attention=attention), findings
+    log.warning("no attention backend could be forced; torch's own choice is used")
+    return ops, findings
+
+
 def check(name: str, kernel: Any, sizes: Sizes, device: str, dtype: torch.dtype) -> Finding:
     """Runs a kernel, and its torch form on the same data in fp32."""
     run = TRIALS[name]
@@ -113,6 +135,12 @@ def try_gelu(op: Any, sizes: Sizes, data: Data) -> Tensor:
     return buffer
 
 
+def try_attention(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    qkv = data.random(0, sizes.layout.rows, 7 * sizes.heads * sizes.head_size)
+    found: Tensor = op(qkv, sizes.heads, sizes.head_size, sizes.layout)
+    return found
+
+
 def try_group_norm(op: Any, sizes: Sizes, data: Data) -> Tensor:
     x = data.random(0, 1, sizes.channels, sizes.side, sizes.side + 1) * 3 + 1
     weight, bias = (data.random(seed, sizes.channels) for seed in (1, 2))
@@ -126,4 +154,5 @@ TRIALS: dict[str, Callable[[Any, Sizes, Data], Tensor]] = {
     "norm_rotate_": try_norm_rotate,
     "gelu_": try_gelu,
     "group_norm_silu": try_group_norm,
+    "attention": try_attention,
 }

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flux_local.model.graphs import Graphs
 from flux_local.model.latents import position_ids
 from flux_local.model.ops import Layout, Ops, Site, Vectors
 from flux_local.model.text import PromptEmbedding
@@ -129,6 +130,8 @@ class FluxTransformer:
         self.sites = sites(geometry)
         self.dtype, self.device = self.image_in.weight.dtype, self.image_in.weight.device
         self._rotary: dict[tuple[int, int, int], Tensor] = {}
+        self.run: Callable[..., Tensor] = Graphs(self.forward) if self.device.type == "cuda" else self.forward
+        """`forward`, through CUDA graphs where there are such."""
 
     @torch.inference_mode()
     def condition(self, prompt: PromptEmbedding, sigmas: Sequence[float], guidance: float) -> Condition:
@@ -166,7 +169,7 @@ class FluxTransformer:
         """
         context = torch.stack([c.context for c in conditions])
         vectors = torch.stack([c.modulation[step] for c, step in zip(conditions, steps, strict=True)])
-        return self.forward(latents, context, vectors, self.rotary(width, height, context.shape[1]))
+        return self.run(latents, context, vectors, self.rotary(width, height, context.shape[1]))
 
     def forward(self, latents: Tensor, context: Tensor, modulation: Tensor, rotary: Tensor) -> Tensor:
         """One pass, of tensors alone: nothing here depends on their values, so that it can be captured in a graph.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flux_local.model.latents import VAE_SCALE, pack, unpack
+from flux_local.model.ops import Ops
 
 T = TypeVar("T")
 
@@ -16,8 +17,9 @@ T = TypeVar("T")
 class Autoencoder:
     """Packed latents to 8-bit RGB and back."""
 
-    def __init__(self, vae: Any) -> None:
-        self.vae = vae
+    def __init__(self, vae: Any, ops: Ops | None = None) -> None:
+        self.ops = ops or Ops()
+        self.vae = vae.to(memory_format=torch.channels_last) if vae.device.type == "cuda" else vae
 
     @torch.inference_mode()
     def encode(self, pixels: bytes, width: int, height: int) -> Tensor:
@@ -47,18 +49,34 @@ class Autoencoder:
         if self.vae.post_quant_conv is not None:
             x = self.vae.post_quant_conv(x)
         decoder = self.vae.decoder
-        x = decoder.mid_block(decoder.conv_in(x))
+        x = decoder.conv_in(x)
+        middle = decoder.mid_block
+        x = self.residual(middle.resnets[0], x)
+        for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
+            if attention is not None:
+                x = attention(x)
+            x = self.residual(resnet, x)
         for block in decoder.up_blocks:
             for resnet in block.resnets:
                 yield
-                x = resnet(x, None)
+                x = self.residual(resnet, x)
             for upsampler in block.upsamplers or ():
                 yield
                 x = upsampler(x)
         yield
-        x = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
+        x = decoder.conv_out(self.norm_silu(decoder.conv_norm_out, x))
         picture: Tensor = x[0].float() / 2 + 0.5
         return picture
+
+    def residual(self, block: Any, x: Tensor) -> Tensor:
+        """A block of two convolutions beside a shortcut: [1, C, h, w] → [1, C', h, w]."""
+        y = block.conv1(self.norm_silu(block.norm1, x))
+        y = block.conv2(self.norm_silu(block.norm2, y))
+        total: Tensor = (x if block.conv_shortcut is None else block.conv_shortcut(x)) + y
+        return total
+
+    def norm_silu(self, norm: Any, x: Tensor) -> Tensor:
+        return self.ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
     @torch.inference_mode()
     def decoding(self, latents: Tensor, width: int, height: int) -> Generator[None, None, bytes]:

@@ -1,0 +1,367 @@
+#!/usr/bin/env python3
+"""The GPU proof: is flux-local right on this card, and how fast is it beside diffusers and the card's own limits?
+
+    make gpu-check            (or: scripts/gpu_check.py --out docs/benchmarks/CARD.json)
+
+Builds FLUX.1's whole architecture with random weights on the device; needs no weights and no network, only torch,
+triton, diffusers, transformers, safetensors and Pillow. Prints the physical floor first, checks every kernel and the
+transformer against diffusers' modules, then times both in the same run. Ends with a table and one JSON document, and
+exits 1 when a check fails. `--small` runs all of it at toy sizes, on a CPU too: a test of this script, no measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import torch  # noqa: E402
+from proof import ceilings  # noqa: E402
+from proof.scale import REAL, SMALL, Scale  # noqa: E402
+from proof.timing import TIMED, milliseconds  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from flux_local.model.denoiser import Denoiser, Picture  # noqa: E402
+from flux_local.model.latents import initial_noise  # noqa: E402
+from flux_local.model.ops import Layout, Ops  # noqa: E402
+from flux_local.model.reference import ReferenceTransformer  # noqa: E402
+from flux_local.model.schedule import FlowSchedule  # noqa: E402
+from flux_local.model.selfcheck import Sizes, accelerated  # noqa: E402
+from flux_local.model.text import PromptEmbedding  # noqa: E402
+from flux_local.model.transformer import FluxTransformer, Geometry  # noqa: E402
+from flux_local.model.vae import Autoencoder  # noqa: E402
+
+BF16_ERROR = 1.1
+"""Our distance from fp32 truth, at most so many times that of diffusers in bf16."""
+
+
+@dataclass
+class Report:
+    """What was found, in the order of finding; the JSON document."""
+
+    environment: dict[str, Any] = field(default_factory=dict)
+    ceilings: dict[str, Any] = field(default_factory=dict)
+    floor: dict[str, Any] = field(default_factory=dict)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    independent: dict[str, bool] = field(default_factory=dict)
+    """Whether bits depend on the batch: no failure, since the engine then leaves such batches alone."""
+    timings: dict[str, Any] = field(default_factory=dict)
+    profile: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def check(self, name: str, good: bool, **figures: Any) -> None:
+        self.checks.append({"name": name, "good": good, **figures})
+        say(f"  {'good' if good else 'BAD '}  {name}  {figures}")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+class Bench:
+    """A device, a scale, and the stages of the proof."""
+
+    def __init__(self, device: str, scale: Scale) -> None:
+        self.device, self.scale, self.report = device, scale, Report()
+        self.cuda = device.startswith("cuda")
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.ops = Ops()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A part whose failure is recorded and costs the others nothing."""
+        say(f"\n{name}")
+        began = time.perf_counter()
+        try:
+            yield
+        except Exception as error:  # the boundary of a stage
+            traceback.print_exc()
+            self.report.failures.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        say(f"  [{time.perf_counter() - began:.1f} s]")
+
+    def milliseconds(self, work: Callable[[], Any]) -> float:
+        return milliseconds(work, self.device)
+
+    def environment(self) -> None:
+        import diffusers
+        import transformers
+
+        found = {
+            "card": torch.cuda.get_device_name() if self.cuda else platform.processor() or "cpu",
+            "driver": driver(),
+            "torch": str(torch.__version__),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if self.cuda else None,  # type: ignore[no-untyped-call]
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "commit": commit(),
+            "small": self.scale is SMALL,
+        }
+        with contextlib.suppress(ImportError):
+            import triton
+
+            found["triton"] = triton.__version__
+        self.report.environment = found
+        say(json.dumps(found, indent=2))
+
+    def ceilings(self) -> None:
+        """What the card does at best: copying, matrix products at FLUX.1's shapes, attention by backend."""
+        self.report.ceilings = ceilings.measure(self.scale, self.device, self.dtype, say)
+
+    def floor(self) -> None:
+        """The least time that a step can take at the ceilings measured."""
+        self.report.floor = ceilings.floor(self.scale, self.report.ceilings, say)
+
+    def kernels(self) -> None:
+        """Every kernel against its torch form, at the sizes of the whole model; the good ones are used from here."""
+        geometry = Geometry.of(self.scale.transformer)
+        tokens = (self.scale.sides[0] // 16) ** 2
+        if not self.cuda:
+            say("  no GPU: the torch forms are used")
+            return
+        for batch in self.scale.batches:
+            sizes = Sizes(geometry.heads, geometry.head_size, Layout(batch, self.scale.text, tokens // batch),
+                          self.scale.vae["block_out_channels"][0], self.scale.vae["norm_num_groups"], 64)  # fmt: skip
+            ops, findings = accelerated(sizes, self.device, self.dtype)
+            for finding in findings:
+                self.report.check(f"kernel {finding.name}, batch {batch}", finding.good, **asdict(finding))
+            if batch == 1:
+                self.ops = ops
+
+    def build(self) -> None:
+        """diffusers' module with random weights, and ours on the same."""
+        from diffusers import FluxTransformer2DModel
+
+        self.module = self.filled(lambda: FluxTransformer2DModel(**self.scale.transformer))
+        began = time.perf_counter()
+        weights = self.module.state_dict()
+        self.ours = FluxTransformer(Geometry.of(self.module.config), weights.__getitem__, self.ops)
+        self.theirs = ReferenceTransformer(self.module)
+        self.report.timings["fuse_weights_s"] = time.perf_counter() - began
+        say(f"  {sum(p.numel() for p in self.module.parameters()) / 1e9:.2f} billion parameters")
+
+    def filled(self, make: Callable[[], nn.Module]) -> Any:
+        """A module on the device with weights that keep activations of about one."""
+        with torch.device("meta"):
+            module = make()
+        module = module.to(self.dtype).to_empty(device=self.device).eval().requires_grad_(False)
+        generator = torch.Generator(self.device).manual_seed(0)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.ndim < 2 and "norm" in name and name.endswith("weight"):
+                tensor.fill_(1.0)
+            elif tensor.is_floating_point():
+                tensor.normal_(0.0, 0.5 * tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.02, generator=generator)
+            else:
+                tensor.copy_(torch.arange(tensor.numel(), device=self.device).view(tensor.shape))
+        return module
+
+    def prompt(self, seed: int) -> PromptEmbedding:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        config = self.scale.transformer
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
+
+        states = random(1, self.scale.text, config["joint_attention_dim"])
+        return PromptEmbedding(states, random(1, config["pooled_projection_dim"]), self.scale.text, "")
+
+    def pictures(self, transformer: Any, side: int, batch: int, steps: int) -> list[Picture]:
+        sigmas = FlowSchedule(use_dynamic_shifting=True).sigmas(steps, (side // 16) ** 2)
+        return [
+            Picture(side, side, sigmas, initial_noise(i, side, side).to(self.device, transformer.dtype),
+                    self.prompt(i), transformer.condition(self.prompt(i), sigmas[:-1], 4.5))
+            for i in range(batch)
+        ]  # fmt: skip
+
+    def correctness(self) -> None:
+        """Velocities in bf16, ours and diffusers', against diffusers' own in fp32."""
+        side = self.scale.sides[-1]
+        drawn = {}
+        for name, transformer in (("diffusers", self.theirs), ("ours", self.ours)):
+            drawn[name] = Denoiser(transformer).velocity(self.pictures(transformer, side, 1, 4)).double()
+        exact = self.module.to(torch.float32)
+        truth = Denoiser(ReferenceTransformer(exact)).velocity(self.pictures(ReferenceTransformer(exact), side, 1, 4))
+        self.module.to(self.dtype)
+        errors = {name: float((v - truth.double()).norm() / truth.double().norm()) for name, v in drawn.items()}
+        limit = max(BF16_ERROR * errors["diffusers"], 1e-5)
+        self.report.check(f"velocity at {side}² against fp32", 0 <= errors["ours"] <= limit, **errors, limit=limit)
+        denoiser = Denoiser(self.ours)
+        for batch in self.scale.batches[1:]:
+            same = denoiser.independent(side, side, batch, self.prompt(0))
+            self.report.independent[f"{batch} at {side}"] = same
+            say(f"  a picture's bits in a batch of {batch} are {'those' if same else 'not those'} of the picture alone")
+
+    def step_ms(self, transformer: Any, side: int, batch: int) -> float:
+        denoiser = Denoiser(transformer)
+        pictures = self.pictures(transformer, side, batch, TIMED + 4)
+        return self.milliseconds(lambda: denoiser.advance(pictures))
+
+    def steps(self) -> None:
+        """One step: diffusers as it comes, diffusers compiled, ours without graphs and with them."""
+        table: dict[str, dict[str, float]] = {}
+        self.report.timings["step_ms"] = table
+        for side in self.scale.sides:
+            table[f"diffusers eager {side}"] = {"1": self.step_ms(self.theirs, side, 1)}
+            run, self.ours.run = self.ours.run, self.ours.forward
+            table[f"ours without graph {side}"] = {"1": self.step_ms(self.ours, side, 1)}
+            self.ours.run = run
+            table[f"ours {side}"] = {
+                str(batch): self.step_ms(self.ours, side, batch)
+                for batch in self.scale.batches
+                if batch * side * side <= 2 * self.scale.sides[0] ** 2
+            }
+            for name in (f"diffusers eager {side}", f"ours without graph {side}", f"ours {side}"):
+                say(f"  {name:24} " + "  ".join(f"batch {b}: {ms:.2f} ms" for b, ms in table[name].items()))
+        if self.cuda:
+            self.compiled(table)
+
+    def compiled(self, table: dict[str, dict[str, float]]) -> None:
+        """diffusers' own recipe: cuDNN's attention and its repeated blocks compiled."""
+        side = self.scale.sides[0]
+        self.module.set_attention_backend("_native_cudnn")
+        self.module.compile_repeated_blocks(fullgraph=True)
+        table[f"diffusers compiled {side}"] = {"1": self.step_ms(self.theirs, side, 1)}
+        say(f"  diffusers compiled {side}: {table[f'diffusers compiled {side}']['1']:.2f} ms")
+
+    def profile(self) -> None:
+        """One step of ours at the first side, by kernel."""
+        if not self.cuda:
+            say("  only on a GPU")
+            return
+        from torch.profiler import ProfilerActivity, profile
+
+        denoiser, pictures = Denoiser(self.ours), self.pictures(self.ours, self.scale.sides[0], 1, 8)
+        denoiser.advance(pictures)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            denoiser.advance(pictures)
+            torch.cuda.synchronize()
+        rows = sorted(recorded.key_averages(), key=lambda row: -row.self_device_time_total)
+        total = sum(row.self_device_time_total for row in rows) or 1.0
+        self.report.profile = [
+            {"kernel": row.key[:120], "calls": row.count, "ms": row.self_device_time_total / 1000,
+             "share": row.self_device_time_total / total}
+            for row in rows[:24]
+        ]  # fmt: skip
+        for row in self.report.profile:
+            say(f"  {row['ms']:8.3f} ms  {100 * row['share']:5.1f}%  {row['calls']:4} × {row['kernel'][:90]}")
+
+    def around(self) -> None:
+        """What lies around the steps, then whole pictures: prompt, steps, decoding, PNG."""
+        from diffusers import AutoencoderKL
+        from PIL import Image
+        from transformers import T5Config, T5EncoderModel
+
+        t5 = self.filled(lambda: T5EncoderModel(T5Config(**self.scale.t5, feed_forward_proj="gated-gelu")))
+        tokens = torch.ones(1, self.scale.text, dtype=torch.long, device=self.device)
+        kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        vae = Autoencoder(self.filled(lambda: AutoencoderKL(**self.scale.vae, **kinds)), self.ops)
+        timings = self.report.timings
+        with torch.inference_mode():
+            timings["t5_ms"] = self.milliseconds(lambda: t5(tokens).last_hidden_state)
+            say(f"  T5: {timings['t5_ms']:.2f} ms")
+            for side in self.scale.sides:
+                noise = initial_noise(0, side, side).to(self.device, self.dtype)
+                timings[f"decode_{side}_ms"] = self.milliseconds(lambda: vae.decode(noise, side, side))  # noqa: B023
+                say(f"  decoding at {side}²: {timings[f'decode_{side}_ms']:.2f} ms")
+            denoiser, whole = Denoiser(self.ours), {}
+            for side in (self.scale.sides[0], self.scale.sides[-1]):
+                taken = []
+                for _ in range(3):
+                    if self.cuda:
+                        torch.cuda.synchronize()
+                    began = time.perf_counter()
+                    t5(tokens)
+                    pictures = self.pictures(self.ours, side, 1, self.scale.steps)
+                    for _ in range(self.scale.steps):
+                        denoiser.advance(pictures)
+                    pixels = vae.decode(pictures[0].latents, side, side)
+                    Image.frombytes("RGB", (side, side), pixels).save(io.BytesIO(), "PNG", compress_level=1)
+                    taken.append(time.perf_counter() - began)
+                whole[str(side)] = statistics.median(taken)
+                say(f"  whole picture at {side}², {self.scale.steps} steps: {whole[str(side)]:.3f} s")
+            timings["picture_s"] = whole
+
+    def run(self) -> Report:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        stages = {
+            "Environment": self.environment, "The card's ceilings": self.ceilings, "Floor": self.floor,
+            "Kernels": self.kernels, "Building FLUX.1 with random weights": self.build,
+            "Correctness": self.correctness, "Around the steps": self.around, "Profile of one step": self.profile,
+            "Steps": self.steps,
+        }  # fmt: skip
+        for name, work in stages.items():
+            with self.stage(name):
+                work()
+        if self.cuda:
+            self.report.memory["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return self.report
+
+
+def driver() -> str | None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+def commit() -> str | None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+def table(report: Report) -> None:
+    """The steps side by side, with what they are of the first."""
+    steps = report.timings.get("step_ms", {})
+    say(f"\n{'step':28}{'batch':>6}{'ms':>10}{'ms a picture':>14}")
+    for name, by_batch in steps.items():
+        for batch, ms in by_batch.items():
+            say(f"{name:28}{batch:>6}{ms:10.2f}{ms / int(batch):14.2f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="toy sizes: a test of this script")
+    parser.add_argument("--out", type=Path, help="also write the JSON document here")
+    options = parser.parse_args()
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        print("gpu_check: torch sees no GPU. Try --device cpu --small to see what this does.", file=sys.stderr)
+        return 2
+    report = Bench(options.device, SMALL if options.small else REAL).run()
+    failed = report.failures + [check["name"] for check in report.checks if not check["good"]]
+    table(report)
+    say(f"\n{len(report.checks)} checks, {len(failed)} failed{': ' + '; '.join(failed) if failed else ''}")
+    document = json.dumps(asdict(report))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    print(document)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

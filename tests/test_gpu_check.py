@@ -1,0 +1,43 @@
+"""The GPU proof's script, at toy sizes on the CPU, with no more installed than it says it needs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.servers import ROOT, environment
+
+SCRIPT = ROOT / "scripts" / "gpu_check.py"
+NOT_THERE = ("fastapi", "starlette", "uvicorn", "msgspec", "multipart", "rich", "sentencepiece", "httpx", "openai")
+
+
+@pytest.mark.timeout(300)
+def test_runs_on_a_bare_machine(tmp_path: Path) -> None:
+    out = f"{tmp_path}/report.json"
+    hide = f"import sys, runpy; sys.modules.update(dict.fromkeys({NOT_THERE!r})); "
+    run = (
+        f"sys.argv = ['gpu_check.py', '--device', 'cpu', '--small', '--out', {out!r}]; runpy.run_path({str(SCRIPT)!r}, "
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{hide}{run}run_name='__main__')"], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = json.loads(done.stdout.splitlines()[-1])
+    with open(out) as file:
+        assert json.load(file) == printed
+    assert printed["failures"] == []
+    assert printed["environment"]["small"] is True
+    assert {check["name"] for check in printed["checks"]} == {"velocity at 48² against fp32"}
+    assert printed["timings"]["step_ms"]["ours 64"]["1"] > 0
+    assert printed["timings"]["picture_s"]["64"] > 0
+    assert printed["floor"]["64"]["least_ms"] > 0
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment())
+    assert done.returncode == 2
+    assert "--device cpu --small" in done.stderr
