@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="what to draw")
     generate.add_argument("-o", "--output", default="out.png", metavar="FILE", help="file to write (default out.png)")
     settings = {setting.name: setting for setting in config.describe()}
-    for name in ("model", "devices", "reference"):
+    for name in ("model", "devices", "precisions", "reference"):
         add_setting(generate, settings[name])
     add_config_file(generate)
     for parameter in params.PARAMETERS:
@@ -116,7 +116,7 @@ def run_serve(options: argparse.Namespace) -> int:
     def announce(address: str, model: str, engine: Ready) -> None:
         print(
             f"""
-flux-local {flux_local.__version__} serves {model} on {engine.device} ({engine.precision}), \
+flux-local {flux_local.__version__} serves {model} on {engine.device} ({", ".join(engine.precisions)}), \
 ready after {time.monotonic() - began:.1f} s
 
   address   {address}/v1
@@ -145,19 +145,22 @@ def run_generate(options: argparse.Namespace) -> int:
 
     from flux_local.engine import begin, pick_device
     from flux_local.model.loader import load
+    from flux_local.plan import precision_of
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
         loading = bar.add_task(f"loading {model.name}", total=None)
-        pipeline = load(folder, pick_device(settings.device_list()[0]), settings.reference)
+        pipeline = load(folder, pick_device(settings.device_list()[0]), settings.precisions, settings.reference)
         bar.remove_task(loading)
+        precision_of(plan.params, pipeline.precisions)
+        denoiser = pipeline.denoiser_for(plan.params.go_fast)
         for index, seed in enumerate(plan.params.seeds):
             began = time.monotonic()
             pixels = None
             if not plan.untouched:
                 picture = begin(pipeline, plan.job(str(index), index), pipeline.text.encode)
                 for _ in bar.track(range(picture.steps_left), description=f"seed {seed}"):
-                    pipeline.denoiser.advance([picture])
+                    denoiser.advance([picture])
                 pixels = pipeline.vae.decode(picture.latents, picture.width, picture.height)
             file = output if index == 0 else output.with_stem(f"{output.stem}-{index}")
             file.write_bytes(plan.file(index, pixels))
@@ -186,6 +189,7 @@ def plan_of(options: argparse.Namespace, output: Path, model: params.ModelInfo, 
         model,
         route="edits" if source else "generations",
         image=Size(*source.image.size) if source else None,
+        go_fast=settings.fast_by_default(),
         max_pixels=settings.max_pixels,
     )
     for name in checked.ignored:

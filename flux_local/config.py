@@ -36,6 +36,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     reference: Annotated[
         bool, Meta(description="Run diffusers' own transformer instead of flux-local's: slower, for comparison.")
     ] = False
+    precisions: Annotated[
+        Literal["both", "full", "fp8"],
+        Meta(description="What to load: the model's own precision (bf16, on a CPU fp32), fp8, or both."),
+    ] = "both"
+    go_fast: Annotated[bool, Meta(description="Draw in fp8 when the request does not say.")] = False
     data_dir: Annotated[str, Meta(description="Folder for pictures behind URLs.")] = "~/.local/share/flux-local"
     public_url: Annotated[str, Meta(description="Base of the URLs in answers, if clients see another address.")] = ""
     response_format: Annotated[
@@ -66,6 +71,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def device_list(self) -> list[str]:
         return [name.strip() for name in self.devices.split(",") if name.strip()] or ["auto"]
+
+    def engine_options(self) -> list[str]:
+        """What an engine program has to be told."""
+        return ["--precisions", self.precisions, *(["--reference"] if self.reference else [])]
+
+    def fast_by_default(self) -> bool:
+        return self.precisions == "fp8" or (self.go_fast and self.precisions == "both")
 
     def origins(self) -> list[str]:
         """The origins that browsers may call from.

@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,10 +91,10 @@ class Dispatcher:
         devices: one engine is run on each.
     """
 
-    def __init__(self, folder: Path, devices: list[str], limits: Limits, reference: bool = False) -> None:
+    def __init__(self, folder: Path, devices: list[str], limits: Limits, options: Sequence[str] = ()) -> None:
         self.limits = limits
         self.started = False
-        self.precision = ""
+        self.precisions: tuple[str, ...] = ()
         self.draining = False
         self.pending: dict[str, Pending] = {}
         self.held: dict[str, Held] = {}
@@ -103,7 +103,7 @@ class Dispatcher:
         self.dead: asyncio.Future[EngineDead] = asyncio.get_running_loop().create_future()
         self.engines = [
             Supervisor(folder, device, limits.patience, limits.max_falls, limits.window,
-                       reference=reference, busy=self._owes, on_message=self._on_message, on_ready=self._on_ready,
+                       options=options, busy=self._owes, on_message=self._on_message, on_ready=self._on_ready,
                        on_fall=self._on_fall)
             for device in devices
         ]  # fmt: skip
@@ -129,7 +129,7 @@ class Dispatcher:
             self._running.append(task)
         readies = await asyncio.gather(*started)
         self.token_seconds = max(ready.token_seconds for ready in readies)
-        self.precision = readies[0].precision
+        self.precisions = readies[0].precisions
         self.started = True
         return readies[0]
 
@@ -235,7 +235,9 @@ class Dispatcher:
 
     def _cost(self, pending: Pending) -> float:
         """Seconds of one device."""
-        return pending.steps_left * pending.job.tokens * self.token_seconds
+        job = pending.job
+        computed = job.steps_computed / (job.steps - job.skip)
+        return pending.steps_left * computed * job.tokens * self.token_seconds
 
     def _owes(self, engine: Supervisor) -> bool:
         return any(pending.engine is engine for pending in self.pending.values())
@@ -325,7 +327,7 @@ def request_of(job_id: str) -> str:
 
 
 def work_of(job: Job) -> int:
-    return (job.steps - job.skip) * job.tokens
+    return job.steps_computed * job.tokens
 
 
 def fingerprint(job: Job) -> bytes:

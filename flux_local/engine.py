@@ -38,6 +38,7 @@ from flux_local.params import ModelInfo
 from flux_local.pulse import Phase, Pulse
 from flux_local.scheduler import Entry, Scheduler
 from flux_local.sizes import canvas_for, table_size
+from flux_local.steps import advances, partial_steps
 
 if TYPE_CHECKING:
     from flux_local.model.denoiser import Picture
@@ -102,14 +103,14 @@ class Engine:
     def accept(self, job: Job) -> None:
         now = time.monotonic()
         steps = job.steps - job.skip
-        self.work[job.id] = Work(job, now, steps, partial_steps(steps, job.partials))
+        ends = advances(job.computed or (True,) * steps)
+        self.work[job.id] = Work(job, now, steps, partial_steps(ends, job.partials))
         self.schedule(job, now)
 
     def schedule(self, job: Job, arrived: float) -> None:
         cost = job.tokens * self.seconds_per_token
-        self.scheduler.add(
-            Entry(job.id, (job.width, job.height), job.steps - job.skip, cost, arrived, job.owner, job.rows, job.alone)
-        )
+        canvas, steps = (job.width, job.height), job.steps_computed
+        self.scheduler.add(Entry(job.id, canvas, steps, cost, arrived, job.owner, job.rows, job.alone, job.go_fast))
 
     def drop(self, id: str) -> None:
         self.work.pop(id, None)
@@ -158,7 +159,9 @@ class Engine:
         assert batch[0].picture is not None
         self.pulse.enter(Phase.PROVE)
         try:
-            proved = self.pipeline.denoiser.independent(*canvas, rows, batch[0].picture.prompt)
+            proved = self.pipeline.denoiser_for(batch[0].job.go_fast).independent(
+                *canvas, rows, batch[0].picture.prompt
+            )
         except Exception as error:
             from flux_local.model import memory
 
@@ -190,7 +193,7 @@ class Engine:
         started = time.monotonic()
         try:
             self.faults.before_step([work.job.prompt for work in batch], pictures)
-            self.pipeline.denoiser.advance(pictures)
+            self.pipeline.denoiser_for(batch[0].job.go_fast).advance(pictures)
         except Exception as error:  # the boundary of a request: whatever the model raises costs its batch only
             self.step_failed(batch, error)
             return
@@ -198,17 +201,18 @@ class Engine:
         self.measure(batch, seconds)
         for work in batch:
             left = self.scheduler.stepped(work.job.id, seconds * work.job.rows / sum(w.job.rows for w in batch))
+            assert work.picture is not None
+            step = work.picture.step
             if started + seconds - work.reported >= REPORT_EVERY:
                 work.reported = started + seconds
-                self.channel.send(Step(work.job.id, work.steps - left, work.steps, seconds / len(batch)))
+                self.channel.send(Step(work.job.id, step, work.steps, seconds / len(batch)))
             if left == 0:
                 work.denoised = time.monotonic()
                 self.scheduler.remove(work.job.id)
-                assert work.picture is not None
                 latents = work.picture.latents
                 self.decoding[work.job.id] = self.pipeline.vae.decoding(latents, work.job.width, work.job.height)
-            elif work.steps - left in work.partial_steps:
-                self.send_partial(work, work.partial_steps.index(work.steps - left))
+            elif step in work.partial_steps:
+                self.send_partial(work, work.partial_steps.index(step))
 
     def step_failed(self, batch: list[Work], error: Exception) -> None:
         """Out of memory, a batch is tried again in smaller ones, and a picture alone once more; else its jobs fail."""
@@ -293,15 +297,10 @@ def begin(pipeline: Pipeline, job: Job, encode: Callable[[str], PromptEmbedding]
     """The job's picture before its first step."""
     return pipeline.begin(
         encode(job.prompt), job.width, job.height, seed=job.seed, steps=job.steps, guidance=job.guidance,
-        image=job.image, mask=job.mask, skip=job.skip, true_cfg_scale=job.true_cfg_scale,
+        image=job.image, mask=job.mask, skip=job.skip, true_cfg_scale=job.true_cfg_scale, go_fast=job.go_fast,
+        computed=job.computed,
         negative=None if job.negative_prompt is None else encode(job.negative_prompt),
     )  # fmt: skip
-
-
-def partial_steps(steps: int, partials: int) -> list[int]:
-    """After which steps to send a picture: evenly spread, never the last, fewer than asked if there are few steps."""
-    spread = (round(steps * (i + 1) / (partials + 1)) for i in range(partials))
-    return sorted({step for step in spread if 0 < step < steps})
 
 
 def warm_up(pipeline: Pipeline, info: ModelInfo) -> float:
@@ -337,26 +336,25 @@ def pick_device(asked: str) -> str:
     return asked
 
 
-def serve(channel: EngineChannel, pulse: Pulse, folder: Path, device: str, reference: bool) -> None:
+def serve(channel: EngineChannel, pulse: Pulse, folder: Path, device: str, precisions: str, reference: bool) -> None:
     """Loads, warms up, says so, and draws until the other end closes."""
     try:
         started = time.monotonic()
         from flux_local.model.loader import load
 
         device = pick_device(device)
-        pipeline = load(folder, device, reference)
+        pipeline = load(folder, device, precisions, reference)
         loaded = time.monotonic()
         info = weights.info(folder)
         step_seconds = warm_up(pipeline, info)
     except StartError as error:
         channel.send(StartFailed(error.message, error.exit_code))
         raise
-    precision = str(pipeline.denoiser.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
     now = time.monotonic()
     width, height = canvas_for(table_size("1:1", "1K"), info.canvas)
     per_token = step_seconds / (width * height // 256)
     pulse.enter(Phase.IDLE)
-    channel.send(Ready(device, precision, loaded - started, now - loaded, step_seconds, per_token))
+    channel.send(Ready(device, pipeline.precisions, loaded - started, now - loaded, step_seconds, per_token))
     Engine(pipeline, channel, pulse, per_token).run()
 
 
@@ -366,6 +364,7 @@ def main() -> int:
     parser.add_argument("--pulse", type=int, required=True, help="the shared page")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precisions", default="both")
     parser.add_argument("--reference", action="store_true")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -375,7 +374,7 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     channel = EngineChannel(socket.socket(fileno=options.fd))
     try:
-        serve(channel, Pulse(options.pulse), options.model, options.device, options.reference)
+        serve(channel, Pulse(options.pulse), options.model, options.device, options.precisions, options.reference)
     except EOFError:
         return 0
     except StartError as error:

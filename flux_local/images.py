@@ -83,4 +83,6 @@ def parameters_text(params: GenerationParams, seed: int, model: str) -> str:
     return (
         f"{params.prompt}\nSteps: {params.steps}, Sampler: Euler, CFG scale: {params.guidance:g}, "
         f"Seed: {seed}, Size: {params.delivered}, Model: {model}"
+        f"{', Precision: fp8' if params.go_fast else ''}"
+        f"{f', Acceleration: {params.acceleration}' if params.acceleration != 'none' else ''}"
     )

@@ -21,7 +21,8 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     `image`: RGB rows of the canvas to start from, `skip` steps into the schedule. `mask`: a byte for each pixel of the
     canvas, not 0 where it is to be repainted. `partials`: how many pictures to send on the way. `owner`: whose it is,
     for fairness. `deadline`: when nobody wants it any more, on the machine's monotonic clock. `serial`: its number in
-    the pulse. `alone`: it shares no batch, because one that it was in has crashed.
+    the pulse. `alone`: it shares no batch, because one that it was in has crashed. `computed`: which of the steps that
+    run are computed, the others extrapolated; empty for all.
     """
 
     id: str
@@ -41,6 +42,12 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     deadline: float | None = None
     serial: int = 0
     alone: bool = False
+    go_fast: bool = False
+    computed: tuple[bool, ...] = ()
+
+    @property
+    def steps_computed(self) -> int:
+        return sum(self.computed) if self.computed else self.steps - self.skip
 
     @property
     def rows(self) -> int:
@@ -58,11 +65,14 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The warm-up picture is drawn. `step_seconds`: a step of it at the model's 1:1 canvas, alone; `token_seconds`: an
-    image token's share of that."""
+    """The warm-up picture is drawn.
+
+    `precisions`: the model's own, then fp8, of those that are loaded. `step_seconds`: a step of the picture at the
+    model's 1:1 canvas, alone; `token_seconds`: an image token's share of that.
+    """
 
     device: str
-    precision: str
+    precisions: tuple[str, ...]
     load_seconds: float
     warm_up_seconds: float
     step_seconds: float

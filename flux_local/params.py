@@ -13,12 +13,13 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flux_local import sizes
 from flux_local.errors import InvalidValue, MissingParameter, ModelNotFound, NotAvailable
 from flux_local.sizes import CanvasRange, Size
+from flux_local.steps import LEVELS, Mask, Masks
 
 Kind = Literal["string", "integer", "number", "boolean", "number or string", "file", "list"]
 Route = Literal["generations", "edits", "variations"]
@@ -86,9 +87,11 @@ PARAMETERS: tuple[Parameter, ...] = (
               "What to keep away from; acts with `true_cfg_scale` above 1.", high=MAX_PROMPT),
     Parameter("true_cfg_scale", "number", "1", "passthrough",
               "Real classifier-free guidance, two passes a step.", 1, 20),
-    Parameter("go_fast", "boolean", "the server's setting", "converted", "fp8 weights and matmuls.", offered=(False,)),
-    Parameter("acceleration", "string", "none", "converted", "Step caching.",
-              choices=("none", "regular", "high"), offered=("none",)),
+    Parameter("go_fast", "boolean", "the server's setting", "converted", 
+              "fp8 weights and matmuls; what ran is in `x-flux-precision`."),
+    Parameter("acceleration", "string", "none", "converted",
+              "Step caching: how many steps take an extrapolated velocity instead of a computed one.",
+              choices=LEVELS),
     Parameter("enable_safety_checker", "boolean", "the server's policy", "converted",
               "Leave flagged pictures out.", offered=(False,)),
     Parameter("disable_safety_checker", "boolean", "the server's policy", "converted",
@@ -128,6 +131,7 @@ class ModelInfo:
     canvas: CanvasRange
     default_steps: int
     default_guidance: float
+    masks: Masks = field(default_factory=Masks)
 
     def answers_to(self, name: str) -> bool:
         return name.lower() in (PUBLIC_NAME, self.name.lower(), *OPENAI_NAMES)
@@ -156,12 +160,24 @@ class GenerationParams:
     stream: bool
     partial_images: int
     ignored: tuple[str, ...]
+    go_fast: bool = False
+    acceleration: str = "none"
+    mask: Mask = ()
+    """Which of the steps that run are computed; empty for all."""
+    mask_origin: str = "none"
 
     @property
     def steps_run(self) -> int:
-        """ceil(steps · strength), free of the last digits of binary fractions."""
-        strength = 1.0 if self.strength is None else self.strength
-        return min(self.steps, math.ceil(round(self.steps * strength, 9)))
+        return steps_run(self.steps, self.strength)
+
+    @property
+    def steps_computed(self) -> int:
+        return sum(self.mask) if self.mask else self.steps_run
+
+
+def steps_run(steps: int, strength: float | None) -> int:
+    """ceil(steps · strength), free of the last digits of binary fractions."""
+    return min(steps, math.ceil(round(steps * (1.0 if strength is None else strength), 9)))
 
 
 def generation_params(
@@ -171,6 +187,7 @@ def generation_params(
     route: Route = "generations",
     image: Size | None = None,
     response_format: Literal["url", "b64_json"] = "url",
+    go_fast: bool = False,
     max_pixels: int = 2048 * 2048,
     random_seed: Callable[[], int] = lambda: secrets.randbelow(2**32),
 ) -> GenerationParams:
@@ -179,7 +196,7 @@ def generation_params(
     Args:
         raw: names and values as JSON gives them. None means not given.
         image: the size of the input, on the routes that take one.
-        response_format: the server's default.
+        response_format, go_fast: the server's defaults.
 
     Raises:
         InvalidValue, MissingParameter, NotAvailable, ModelNotFound: with the parameter's name in `param`.
@@ -200,16 +217,19 @@ def generation_params(
     delivered = size_of(given, image, max_pixels)
     first = given["seed"] if "seed" in given else random_seed()
     output_format = given.get("output_format", "png")
+    strength = None if image is None else float(given.get("strength", 0.8))
+    count = given.get("num_inference_steps", model.default_steps)
+    level, run = given.get("acceleration", "none"), steps_run(count, strength)
     return GenerationParams(
         prompt=given["prompt"],
         seeds=tuple((first + i) % 2**63 for i in range(given.get("n", 1))),
         delivered=delivered,
         canvas=sizes.canvas_for(delivered, model.canvas),
-        steps=given.get("num_inference_steps", model.default_steps),
+        steps=count,
         guidance=float(given.get("cfg_scale", model.default_guidance)),
         negative_prompt=given.get("negative_prompt") if true_cfg_scale > 1 else None,
         true_cfg_scale=true_cfg_scale,
-        strength=None if image is None else float(given.get("strength", 0.8)),
+        strength=strength,
         response_format=given.get("response_format", response_format),
         output_format="jpeg" if output_format == "jpg" else output_format,
         output_quality=given.get("output_compression", given.get("output_quality", 90)),
@@ -219,6 +239,10 @@ def generation_params(
         stream=given.get("stream", False),
         partial_images=given.get("partial_images", 0),
         ignored=tuple(sorted(ignored)),
+        go_fast=given.get("go_fast", go_fast),
+        acceleration=level,
+        mask=() if level == "none" or run == 0 else model.masks(level, run),
+        mask_origin=model.masks.origin(level, run),
     )
 
 

@@ -5,12 +5,14 @@ Shared by the server and `flux-local generate`, so that both draw the same bytes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from PIL import Image
 
 from flux_local import images
+from flux_local.errors import NotAvailable
 from flux_local.messages import Job
 from flux_local.params import GenerationParams
 
@@ -54,7 +56,7 @@ class Plan:
     def work(self) -> int:
         """Of all pictures together: image tokens times steps."""
         rows = 1 if self.params.negative_prompt is None else 2
-        return self.params.canvas.area // 256 * rows * self.params.steps_run * len(self.params.seeds)
+        return self.params.canvas.area // 256 * rows * self.params.steps_computed * len(self.params.seeds)
 
     def job(self, id: str, index: int, owner: str = "", deadline: float | None = None) -> Job:
         """The job of picture `index`.
@@ -84,6 +86,8 @@ class Plan:
             partials=params.partial_images if params.stream else 0,
             owner=owner,
             deadline=deadline,
+            go_fast=params.go_fast,
+            computed=params.mask,
         )
 
     def file(self, index: int, pixels: bytes | None = None) -> bytes:
@@ -101,3 +105,16 @@ class Plan:
                 picture = images.keep_unmasked(picture, original.image, original.mask)
         text = images.parameters_text(self.params, self.params.seeds[index], self.model) if self.metadata else None
         return images.encode(picture, self.params, text)
+
+
+def precision_of(params: GenerationParams, loaded: Sequence[str]) -> str:
+    """What a request is drawn in, of the precisions that are loaded.
+
+    Raises:
+        NotAvailable: it asks for another.
+    """
+    if params.go_fast == (loaded[0] == "fp8"):
+        return loaded[0]
+    if params.go_fast and "fp8" in loaded:
+        return "fp8"
+    raise NotAvailable(f"Only {loaded[0]} is loaded. Leave 'go_fast' out.", param="go_fast")

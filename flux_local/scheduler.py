@@ -24,8 +24,9 @@ RowsLimit = Callable[[Canvas], int]
 class Entry:
     """A job as the scheduler sees it.
 
-    `rows` of a batch that it takes: two with real classifier-free guidance. `step_cost`: seconds for a step of it
-    alone. `alone`: shares no batch, because one that it was in has failed.
+    `family`: what else jobs must share to share a step, such as their precision. `rows` of a batch that it takes: two
+    with real classifier-free guidance. `step_cost`: seconds for a step of it alone. `alone`: shares no batch, because
+    one that it was in has failed.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Entry:
     owner: str = ""
     rows: int = 1
     alone: bool = False
+    family: Hashable = None
     order: int = field(default=0)
 
     def priority(self, now: float) -> tuple[float, int]:
@@ -44,7 +46,7 @@ class Entry:
 
     def kind(self) -> Hashable:
         """What jobs must have in common to share a step."""
-        return self.canvas if not self.alone else (self.canvas, self.id)
+        return (self.canvas, self.family, self.id if self.alone else None)
 
 
 class Scheduler:

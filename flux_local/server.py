@@ -55,7 +55,7 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         max_falls=settings.engine_falls,
         window=settings.engine_window,
     )
-    dispatcher = Dispatcher(folder, settings.device_list(), limits, settings.reference)
+    dispatcher = Dispatcher(folder, settings.device_list(), limits, settings.engine_options())
     history = History(Path(settings.data_dir).expanduser(), settings.url_lifetime)
     decoder = SafeDecoder()
     services = Services(settings, model, dispatcher, store, history, decoder, int(time.time()))

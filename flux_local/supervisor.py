@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Supervisor:
     Args:
         patience: seconds that a phase of work may take before the engine counts as hung.
         max_falls, window: so many falls in so many seconds, and it is given up.
-        reference: with diffusers' own transformer.
+        options: more of the engine program's own.
         busy: whether the engine owes anything; an idle engine's silence is no hang.
     """
 
@@ -60,7 +60,7 @@ class Supervisor:
         max_falls: int,
         window: float,
         *,
-        reference: bool = False,
+        options: Sequence[str] = (),
         busy: Callable[[Supervisor], bool],
         on_message: Callable[[Supervisor, FromEngine], None],
         on_ready: Callable[[Supervisor], None],
@@ -71,7 +71,7 @@ class Supervisor:
         self.patience = patience
         self.max_falls = max_falls
         self.window = window
-        self.reference = reference
+        self.options = options
         self.busy = busy
         self.on_message = on_message
         self.on_ready = on_ready
@@ -182,7 +182,7 @@ class Supervisor:
         self._pulse = Pulse()
         command = [sys.executable, "-m", "flux_local.engine", "--fd", str(theirs.fileno()),
                    "--pulse", str(self._pulse.descriptor), "--model", str(self.folder),
-                   "--device", self.device, *(["--reference"] if self.reference else [])]  # fmt: skip
+                   "--device", self.device, *self.options]  # fmt: skip
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno(), self._pulse.descriptor], stdin=subprocess.DEVNULL
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from flux_local.errors import WeightsError
 from flux_local.params import ModelInfo
 from flux_local.sizes import CanvasRange
+from flux_local.steps import Masks
 
 INFO = "flux-local.json"
 KREA = ModelInfo("FLUX.1-Krea-dev", CanvasRange(100_000, 4_200_000), 28, 4.5)
@@ -51,6 +52,9 @@ def info(folder: Path) -> ModelInfo:
         found = json.loads(path.read_text())
         canvas = CanvasRange(int(found["canvas"]["min_area"]), int(found["canvas"]["max_area"]))
         defaults = found["defaults"]
-        return ModelInfo(folder.name, canvas, int(defaults["num_inference_steps"]), float(defaults["guidance_scale"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        masks = Masks.read(found.get("acceleration", {}))
+        return ModelInfo(
+            folder.name, canvas, int(defaults["num_inference_steps"]), float(defaults["guidance_scale"]), masks
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path} is damaged. Copy or download the model again.") from error

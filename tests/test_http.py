@@ -190,7 +190,7 @@ class TestErrors:
             ({"prompt": "x", "n": "canary-5b1c"}, 400, "invalid_value", "n"),
             ({"prompt": "x", "size": "canary-5b1c"}, 400, "invalid_value", "size"),
             ({"prompt": "x", "model": "canary-5b1c"}, 404, "model_not_found", "model"),
-            ({"prompt": "x", "go_fast": True}, 400, "not_available", "go_fast"),
+            ({"prompt": "x", "enable_safety_checker": True}, 400, "not_available", "enable_safety_checker"),
             ({"prompt": "x", "steps": 3, "num_inference_steps": 4}, 400, "invalid_value", "num_inference_steps"),
         ],
     )

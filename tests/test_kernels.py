@@ -42,7 +42,7 @@ SIZES = st.builds(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", TRIALS)
+@pytest.mark.parametrize("name", sorted(TRIALS.keys() - {"attention"}))
 @given(sizes=SIZES)
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(kernels: dict[str, Any], name: str, dtype: torch.dtype, sizes: Sizes) -> None:

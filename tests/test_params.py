@@ -81,7 +81,7 @@ def test_bad_values_name_the_parameter(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("go_fast", True), ("acceleration", "high"), ("loras", [{"path": "x", "scale": 1}]),
+    [("loras", [{"path": "x", "scale": 1}]),
      ("enable_safety_checker", True)],
 )  # fmt: skip
 def test_what_this_version_does_not_offer_says_so(name: str, value: Any) -> None:

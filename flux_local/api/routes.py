@@ -28,14 +28,17 @@ def router(services: Services, requests: Requests) -> APIRouter:
     repeats = Repeats(services.history)
 
     def checked(raw: dict[str, Any], route: Route, image: Size | None = None) -> GenerationParams:
-        return generation_params(
+        params = generation_params(
             raw,
             services.model,
             route=route,
             image=image,
             response_format=services.settings.response_format,
+            go_fast=services.settings.fast_by_default(),
             max_pixels=services.settings.max_pixels,
         )
+        services.precision(params)
+        return params
 
     async def once(request: Request, route: Route, raw: dict[str, Any], source: Source | None = None) -> Response:
         params = checked(raw, route, Size(*source.image.size) if source else None)
@@ -134,7 +137,8 @@ def probes(services: Services) -> APIRouter:
             "status": "ready",
             "model": services.model.name,
             "device": state.device,
-            "precision": state.precision,
+            "precision": state.precisions[0],
+            "precisions": list(state.precisions),
             "engines": [
                 {"device": engine.ready.device if engine.ready else engine.device, "ready": engine.ready is not None}
                 for engine in services.dispatcher.engines

@@ -18,7 +18,7 @@ from flux_local.errors import DeadlineExceeded
 from flux_local.history import History
 from flux_local.messages import Done, Partial, Step
 from flux_local.params import GenerationParams, ModelInfo
-from flux_local.plan import Plan, Source
+from flux_local.plan import Plan, Source, precision_of
 from flux_local.store import Store
 
 
@@ -37,6 +37,11 @@ class Services:
 
     def plan(self, params: GenerationParams, source: Source | None = None) -> Plan:
         return Plan(params, source, self.model.name, self.settings.png_metadata)
+
+    def precision(self, params: GenerationParams) -> str:
+        """As `plan.precision_of`; empty until the engine has said what it has."""
+        loaded = self.dispatcher.precisions
+        return precision_of(params, loaded) if loaded else ""
 
 
 OnEvent = Callable[[int, Step | Partial], None]
@@ -96,8 +101,10 @@ class Work:
         params = self.params
         headers = {
             "x-flux-seed": ",".join(map(str, params.seeds)),
-            "x-flux-precision": self.services.dispatcher.precision,
+            "x-flux-precision": self.services.precision(params),
         }
+        if params.acceleration != "none":
+            headers["x-flux-acceleration"] = params.mask_origin
         if ignored := [name[:64] for name in params.ignored if name.isascii() and name.isprintable()]:
             headers["x-flux-ignored-params"] = ",".join(ignored)[:1000]
         if any(item["revised_prompt"] != params.prompt for item in body["data"]):

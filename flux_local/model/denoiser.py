@@ -52,8 +52,12 @@ class Picture:
     against: Any = None
     """The condition to keep away from, with `true_cfg_scale`; None for one pass a step."""
     true_cfg_scale: float = 1.0
+    computed: tuple[bool, ...] = ()
+    """Which steps are computed; the others take an extrapolated velocity. Empty: all are."""
     velocity: Tensor | None = None
     """That of the last step."""
+    latest: tuple[tuple[float, Tensor], ...] = ()
+    """The last two computed velocities with their noise levels, where some are extrapolated."""
 
     def estimate(self) -> Tensor:
         """What the finished latents would be if the last step's velocity held: x(σ) − σ·v."""
@@ -63,6 +67,20 @@ class Picture:
     @property
     def steps_left(self) -> int:
         return len(self.sigmas) - 1 - self.step
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether the step that comes next is not computed."""
+        return self.steps_left > 0 and bool(self.computed) and not self.computed[self.step]
+
+    def extrapolated(self) -> Tensor:
+        """The velocity at this step's noise level, on the line through the last two that were computed.
+
+        With it a skipped step is one of a linear multistep method: two-step Adams–Bashforth at uneven steps, whose
+        only evaluations of the model are the computed ones.
+        """
+        (earlier, before), (later, after) = self.latest
+        return after + (self.sigmas[self.step] - later) / (later - earlier) * (after - before)
 
 
 class Transformer(Protocol):
@@ -116,7 +134,7 @@ class Denoiser:
 
     @torch.inference_mode()
     def advance(self, pictures: Sequence[Picture]) -> None:
-        """Takes each picture one Euler step further: x(σ') = x(σ) + (σ' − σ)·v, in fp32, kept in the model's dtype.
+        """Computes one step of each picture, and takes the extrapolated ones that follow it.
 
         Either all pictures are moved or, if the transformer raises, none.
 
@@ -124,14 +142,22 @@ class Denoiser:
             pictures: of one canvas and one prompt length, each with steps left.
         """
         for picture, velocity in zip(pictures, self.velocity(pictures).split(1), strict=True):
-            sigma, following = (torch.tensor(s, dtype=torch.float32) for s in picture.sigmas[picture.step :][:2])
-            # A number, not a tensor: the host hands it over with the launch and waits for nothing.
-            moved = picture.latents.float() + float(following - sigma) * velocity
-            if picture.keep is not None:
-                moved = torch.where(picture.keep.repaint > 0, moved, picture.keep.at(float(following)))
-            picture.latents = moved.to(self.dtype)
-            picture.velocity = velocity
-            picture.step += 1
+            if picture.computed:
+                picture.latest = (*picture.latest, (picture.sigmas[picture.step], velocity))[-2:]
+            self.move(picture, velocity)
+            while picture.extrapolates:
+                self.move(picture, picture.extrapolated())
+
+    def move(self, picture: Picture, velocity: Tensor) -> None:
+        """An Euler step: x(σ') = x(σ) + (σ' − σ)·v, in fp32, kept in the model's dtype."""
+        sigma, following = (torch.tensor(s, dtype=torch.float32) for s in picture.sigmas[picture.step :][:2])
+        # A number, not a tensor: the host hands it over with the launch and waits for nothing.
+        moved = picture.latents.float() + float(following - sigma) * velocity
+        if picture.keep is not None:
+            moved = torch.where(picture.keep.repaint > 0, moved, picture.keep.at(float(following)))
+        picture.latents = moved.to(self.dtype)
+        picture.velocity = velocity
+        picture.step += 1
 
     def independent(self, width: int, height: int, rows: int, prompt: PromptEmbedding) -> bool:
         """Whether a picture's bits are the same in a batch of so many rows as alone. Measured, once a shape.

@@ -13,6 +13,7 @@ import torch
 
 from flux_local.errors import WeightsError
 from flux_local.model.denoiser import Denoiser, Keep, Picture, Transformer, noised
+from flux_local.model.fp8 import in_fp8
 from flux_local.model.latents import initial_noise
 from flux_local.model.ops import Layout, Ops
 from flux_local.model.reference import ReferenceTransformer
@@ -34,6 +35,19 @@ class Pipeline:
     denoiser: Denoiser
     vae: Autoencoder
     schedule: FlowSchedule
+    fast: Denoiser | None = None
+    """In fp8, where both precisions are loaded."""
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What is loaded, the model's own precision first."""
+        dtype = str(self.denoiser.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+        if self.fast is None:
+            return (dtype,)
+        return ("fp8",) if self.fast is self.denoiser else (dtype, "fp8")
+
+    def denoiser_for(self, go_fast: bool) -> Denoiser:
+        return self.fast if go_fast and self.fast is not None else self.denoiser
 
     def prompt_cache(self) -> PromptCache:
         return PromptCache(self.text.encode, PROMPT_CACHE_BYTES)
@@ -52,6 +66,8 @@ class Pipeline:
         skip: int = 0,
         negative: PromptEmbedding | None = None,
         true_cfg_scale: float = 1.0,
+        go_fast: bool = False,
+        computed: tuple[bool, ...] = (),
     ) -> Picture:
         """Noise of the seed, or an image part of the way there, with the noise levels that it will go down.
 
@@ -61,6 +77,8 @@ class Pipeline:
             skip: steps of the schedule that are left out at its noisy end, because the image is so far already.
             mask: a byte a pixel, not 0 where the image is to be repainted; the rest is held.
             negative: what to keep away from, by `true_cfg_scale`.
+            go_fast: in fp8.
+            computed: which of the steps that are not skipped are computed; empty for all.
         """
         noise = initial_noise(seed, width, height).to(self.denoiser.device, self.denoiser.dtype)
         sigmas = self.schedule.sigmas(steps, noise.shape[1])[skip:]
@@ -69,19 +87,20 @@ class Pipeline:
             original = self.vae.encode(image, width, height).to(noise.dtype)
             keep = None if mask is None else Keep(self.vae.repaint(mask, width, height), original, noise)
             latents = noised(original, noise, sigmas[0])
-        transformer = self.denoiser.transformer
+        transformer = self.denoiser_for(go_fast).transformer
         return Picture(
             width, height, sigmas, latents, prompt, transformer.condition(prompt, sigmas[:-1], guidance), keep=keep,
             against=None if negative is None else transformer.condition(negative, sigmas[:-1], guidance),
-            true_cfg_scale=true_cfg_scale,
+            true_cfg_scale=true_cfg_scale, computed=computed,
         )  # fmt: skip
 
 
-def load(folder: Path, device: str = "cpu", reference: bool = False) -> Pipeline:
+def load(folder: Path, device: str = "cpu", precisions: str = "both", reference: bool = False) -> Pipeline:
     """Loads the model onto the device: fp32 on the CPU, bf16 on a GPU.
 
     Args:
-        reference: with diffusers' own transformer instead of ours.
+        precisions: `full` (the model's own), `fp8` or `both`.
+        reference: with diffusers' own transformer instead of ours, in the model's own precision alone.
 
     Raises:
         WeightsError: a component is missing or cannot be read; the message names it.
@@ -111,9 +130,13 @@ def load(folder: Path, device: str = "cpu", reference: bool = False) -> Pipeline
     with translated(folder / "transformer"):
         geometry = Geometry.of(json.loads((folder / "transformer" / "config.json").read_text()))
     ops = Ops() if reference or device == "cpu" else operations(geometry, device, dtype)
-    denoiser = Denoiser(transformer(folder / "transformer", geometry, device, dtype, None if reference else ops))
+    own = transformer(folder / "transformer", geometry, device, dtype, None if reference else ops)
+    denoiser, fast = Denoiser(own), None
+    if isinstance(own, FluxTransformer) and precisions != "full":
+        fast = Denoiser(in_fp8(own))
+        denoiser = fast if precisions == "fp8" else denoiser
     vae = Autoencoder(model(AutoencoderKL, "vae", dtype=dtype), ops)
-    return Pipeline(text, denoiser, vae, FlowSchedule.load(folder / "scheduler"))
+    return Pipeline(text, denoiser, vae, FlowSchedule.load(folder / "scheduler"), fast)
 
 
 def operations(geometry: Geometry, device: str, dtype: torch.dtype) -> Ops:

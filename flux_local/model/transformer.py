@@ -10,6 +10,7 @@ and attend together, then single blocks, in which attention and MLP run side by 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,8 +131,7 @@ class FluxTransformer:
         self.sites = sites(geometry)
         self.dtype, self.device = self.image_in.weight.dtype, self.image_in.weight.device
         self._rotary: dict[tuple[int, int, int], Tensor] = {}
-        self.run: Callable[..., Tensor] = Graphs(self.forward) if self.device.type == "cuda" else self.forward
-        """`forward`, through CUDA graphs where there are such."""
+        self.run = recorded(self)
 
     @torch.inference_mode()
     def condition(self, prompt: PromptEmbedding, sigmas: Sequence[float], guidance: float) -> Condition:
@@ -221,6 +221,18 @@ class FluxTransformer:
         self.ops.gelu_(buffer[:, 3 * width :])
         return block.out(buffer[:, 2 * width :])
 
+    def with_blocks(self, convert: Callable[[Linear], Linear]) -> FluxTransformer:
+        """The same with every matrix product of the blocks converted; all else is shared."""
+
+        def stream(s: Stream) -> Stream:
+            return Stream(convert(s.qkv), convert(s.out), convert(s.up), convert(s.down))
+
+        twin = copy.copy(self)
+        twin.doubles = [DoubleBlock(stream(b.text), stream(b.image), b.norm) for b in self.doubles]
+        twin.singles = [SingleBlock(convert(b.qkv_up), b.norm, convert(b.out)) for b in self.singles]
+        twin.run = recorded(twin)
+        return twin
+
     def rotary(self, width: int, height: int, text: int) -> Tensor:
         """[text + tokens, head size / 2, 2] fp32 of a canvas: cosine and sine, kept from the first time."""
         key = (width, height, text)
@@ -233,6 +245,11 @@ class FluxTransformer:
             angle = torch.cat(angles, dim=1)
             self._rotary[key] = torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(self.device)
         return self._rotary[key]
+
+
+def recorded(transformer: FluxTransformer) -> Callable[..., Tensor]:
+    """Its `forward`, through CUDA graphs where there are such."""
+    return Graphs(transformer.forward) if transformer.device.type == "cuda" else transformer.forward
 
 
 def each_stream(text: Linear, image: Linear, out: Tensor, x: Tensor, layout: Layout) -> Tensor:

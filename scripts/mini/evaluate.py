@@ -46,18 +46,34 @@ def questions(count: int, pair: bool, width: int, height: int, seed: int = 1) ->
 
 
 def paint(
-    pipeline: Pipeline, prompts: list[str], width: int, height: int, steps: int, guidance: float = 4.5, seed: int = 0
+    pipeline: Pipeline,
+    prompts: list[str],
+    width: int,
+    height: int,
+    steps: int,
+    guidance: float = 4.5,
+    seed: int = 0,
+    go_fast: bool = False,
+    computed: tuple[bool, ...] = (),
 ) -> Iterator[Image.Image]:
     """A picture for each prompt; picture i has seed + i."""
+    denoiser = pipeline.denoiser_for(go_fast)
     for at in range(0, len(prompts), BATCH):
         batch = [
             pipeline.begin(
-                pipeline.text.encode(prompt), width, height, seed=seed + at + i, steps=steps, guidance=guidance
+                pipeline.text.encode(prompt),
+                width,
+                height,
+                seed=seed + at + i,
+                steps=steps,
+                guidance=guidance,
+                go_fast=go_fast,
+                computed=computed,
             )
             for i, prompt in enumerate(prompts[at : at + BATCH])
         ]
-        for _ in range(steps):
-            pipeline.denoiser.advance(batch)
+        while batch[0].steps_left:
+            denoiser.advance(batch)
         for picture in batch:
             yield Image.frombytes("RGB", (width, height), pipeline.vae.decode(picture.latents, width, height))
 

@@ -1,0 +1,80 @@
+"""fp8 (e4m3) for the blocks' matrix products: weights with a scale an output, activations with a scale a row.
+
+Both scales come from the numbers themselves, so that nothing is calibrated and the same request gives the same bytes
+after a restart; a row's scale depends on that row alone, so that company changes nothing. Embedders, modulation and the
+last layer stay as they are: they are few operations, and errors there reach every pixel. Where the device has no fp8
+product the same rounding is emulated in the model's own precision: slower than nothing, but the same kind of picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux_local.model.transformer import FluxTransformer, Linear
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
+"""448."""
+TINY = 1e-12
+"""Stands for the largest of a row of zeros."""
+ADA = (8, 9)
+"""CUDA capability from which there are fp8 products."""
+
+
+def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, N] → e4m3 values and their scales [rows, 1] fp32: row ≈ values · scale, its largest at 448."""
+    wide = rows.float()
+    scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(TINY) / LARGEST
+    return (wide / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
+
+
+def rounded(rows: Tensor) -> Tensor:
+    """[rows, N] as fp8 would have them, in their own dtype."""
+    values, scale = quantised(rows)
+    return (values.float() * scale).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Fp8Linear(Linear):
+    """`weight` is e4m3 [out, in]; `scale` [1, out] fp32."""
+
+    scale: Tensor
+
+    @classmethod
+    def of(cls, linear: Linear) -> Fp8Linear:
+        values, scale = quantised(linear.weight)
+        return cls(values, linear.bias, scale.t().contiguous())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values, scale = quantised(x)
+        return torch._scaled_mm(
+            values, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=self.bias.dtype, use_fast_accum=False
+        )
+
+    def into(self, out: Tensor, x: Tensor) -> None:
+        out.copy_(self(x))
+
+
+@dataclass(frozen=True)
+class RoundedLinear(Linear):
+    """The emulation: a weight that holds what fp8 would, and rows rounded on their way in."""
+
+    @classmethod
+    def of(cls, linear: Linear) -> RoundedLinear:
+        return cls(rounded(linear.weight), linear.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(rounded(x), self.weight, self.bias)
+
+    def into(self, out: Tensor, x: Tensor) -> None:
+        torch.addmm(self.bias, rounded(x), self.weight.t(), out=out)
+
+
+def in_fp8(transformer: FluxTransformer) -> FluxTransformer:
+    """The same transformer with its blocks in fp8; everything else is shared with the given one."""
+    native = transformer.device.type == "cuda" and torch.cuda.get_device_capability(transformer.device) >= ADA
+    return transformer.with_blocks(Fp8Linear.of if native else RoundedLinear.of)
