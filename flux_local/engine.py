@@ -41,6 +41,8 @@ from flux_local.sizes import canvas_for, table_size
 from flux_local.steps import advances, partial_steps
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from flux_local.model.denoiser import Picture
     from flux_local.model.loader import Pipeline
     from flux_local.model.text import PromptEmbedding
@@ -52,6 +54,9 @@ FULL_AT_TOKENS = 4096
 REPORT_EVERY = 0.1
 """Seconds between two reports of a picture's progress. A small model's step takes a fifth of that, and every report
 wakes the server's process on the cores that the next step needs."""
+
+Decoding = tuple[str, int | None]
+"""A job, and which of its partial pictures; None for the finished one."""
 
 log = logging.getLogger("flux_local.engine")
 
@@ -83,7 +88,7 @@ class Engine:
         self.scheduler = Scheduler(self.rows_limit)
         self.limits: dict[tuple[int, int], int] = {}
         self.work: dict[str, Work] = {}
-        self.decoding: OrderedDict[str, Generator[None, None, bytes]] = OrderedDict()
+        self.decoding: OrderedDict[Decoding, Generator[None, None, bytes]] = OrderedDict()
         self.prompts = pipeline.prompt_cache()
         self.seconds_per_token = seconds_per_token
 
@@ -114,14 +119,15 @@ class Engine:
 
     def drop(self, id: str) -> None:
         self.work.pop(id, None)
-        self.decoding.pop(id, None)
+        for decoding in [d for d in self.decoding if d[0] == id]:
+            del self.decoding[decoding]
         self.scheduler.remove(id)
 
     def turn(self) -> None:
         """A layer of the picture that is being decoded, and a step of the next batch: neither waits for the other."""
         self.expire(time.monotonic())
         if self.decoding:
-            self.decode_some(next(iter(self.decoding)))
+            self.decode_some()
         if batch := self.next_batch():
             self.step(batch)
 
@@ -209,10 +215,9 @@ class Engine:
             if left == 0:
                 work.denoised = time.monotonic()
                 self.scheduler.remove(work.job.id)
-                latents = work.picture.latents
-                self.decoding[work.job.id] = self.pipeline.vae.decoding(latents, work.job.width, work.job.height)
+                self.decode(work, work.picture.latents)
             elif step in work.partial_steps:
-                self.send_partial(work, work.partial_steps.index(step))
+                self.decode(work, work.picture.estimate(), work.partial_steps.index(step))
 
     def step_failed(self, batch: list[Work], error: Exception) -> None:
         """Out of memory, a batch is tried again in smaller ones, and a picture alone once more; else its jobs fail."""
@@ -238,25 +243,28 @@ class Engine:
         tokens = sum(work.job.tokens for work in batch)
         self.seconds_per_token += 0.1 * (seconds / tokens - self.seconds_per_token)
 
-    def send_partial(self, work: Work, index: int) -> None:
-        """Decodes and sends what the picture looks like so far; one that is not finite is left out."""
-        job, picture = work.job, work.picture
-        assert picture is not None
-        self.pulse.enter(Phase.DECODE, (job.serial,))
-        with contextlib.suppress(ArithmeticError):
-            pixels = self.pipeline.vae.decode(picture.estimate(), job.width, job.height)
-            self.channel.send(Partial(job.id, index, pixels))
+    def decode(self, work: Work, latents: Tensor, partial: int | None = None) -> None:
+        """Has latents decoded, after those that came before, a layer at a time between steps."""
+        decoding = self.pipeline.vae.decoding(latents, work.job.width, work.job.height)
+        self.decoding[work.job.id, partial] = decoding
 
-    def decode_some(self, id: str) -> None:
-        """One layer more; delivers the picture when that was the last."""
+    def decode_some(self) -> None:
+        """One layer more of the first; delivers the picture when that was the last."""
+        id, partial = first = next(iter(self.decoding))
         work = self.work[id]
         self.pulse.enter(Phase.DECODE, (work.job.serial,))
         try:
-            next(self.decoding[id])
+            next(self.decoding[first])
         except StopIteration as end:
-            self.deliver(work, end.value)
+            del self.decoding[first]
+            if partial is None:
+                self.deliver(work, end.value)
+            else:
+                self.channel.send(Partial(id, partial, end.value))
         except ArithmeticError:
-            self.decode_failed(work)
+            del self.decoding[first]
+            if partial is None:
+                self.decode_failed(work)
         except Exception as error:  # the boundary of a request
             log.exception("decoding failed")
             self.fail(work, InternalError(f"Decoding failed ({type(error).__name__}). Try again."))
@@ -267,7 +275,6 @@ class Engine:
             self.fail(work, GenerationInvalid("The model produced no valid picture for this request."))
             return
         log.warning("a picture was not finite; drawing it again")
-        del self.decoding[work.job.id]
         work.retried, work.picture = True, None
         self.schedule(msgspec.structs.replace(work.job, alone=True), work.arrived)
 

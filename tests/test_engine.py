@@ -63,7 +63,7 @@ def test_batches_are_faster_than_turns(server: Server) -> None:
         return max(answer.json()["timings"]["denoise_s"] for answer in answers)
 
     one = min(denoise_seconds([server.post(body)]) for _ in range(3))
-    four = denoise_seconds(all_at_once(server, [{**body, "seed": i} for i in range(4)]))
+    four = min(denoise_seconds(all_at_once(server, [{**body, "seed": i} for i in range(4)])) for _ in range(3))
     assert four < 3.2 * one
 
 
@@ -87,7 +87,8 @@ def test_scheduling_and_messages_cost_under_a_third_of_a_millisecond_a_step(pipe
         engine.accept(Job(f"r-{i}", "a red star", i, 128, 128, 50, 4.5, owner=f"key{i % 3}"))
     engine.rows_limit = lambda canvas: 1  # type: ignore[method-assign]
     engine.scheduler.rows_limit = engine.rows_limit
-    engine.turn()
+    for _ in range(6):  # a picture of each key is begun
+        engine.turn()
     inside, advance = 0.0, pipeline.denoiser.advance
 
     def timed(pictures: Any) -> None:
@@ -233,7 +234,7 @@ def test_two_engines_share_the_work(tmp_path: Path) -> None:
 
 
 def test_more_than_can_be_promised_is_refused_with_an_honest_time(tmp_path: Path) -> None:
-    with faulty(tmp_path, "slow seconds=0.02", "--max-wait", "2") as server:
+    with faulty(tmp_path, "slow seconds=0.05", "--max-wait", "1") as server:
         first = server.post({**LONG, "steps": 100}, headers={"prefer": "respond-async"})
         assert first.status_code == 202, "a request that nothing is before is taken however long it is"
         eventually(lambda: running_now(server))
