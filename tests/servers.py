@@ -111,3 +111,9 @@ def eventually(condition: object, limit: float = 30.0) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+def pictures(answer: httpx.Response) -> list[str]:
+    """The base64 of all pictures of a good answer."""
+    assert answer.status_code == 200, answer.text
+    return [item["b64_json"] for item in answer.json()["data"]]

@@ -17,16 +17,11 @@ import pytest
 from flux_local.engine import Engine
 from flux_local.messages import EngineChannel, Job
 from flux_local.pulse import Pulse
-from tests.servers import Server, eventually, running
+from tests.servers import Server, eventually, pictures, running
 
 PICTURE: dict[str, Any] = {"prompt": "a large red star on a blue background", "size": "128x128", "steps": 6,
                            "response_format": "b64_json"}  # fmt: skip
 LONG = {**PICTURE, "steps": 60, "size": "192x192"}
-
-
-def pictures(answer: httpx.Response) -> list[str]:
-    assert answer.status_code == 200, answer.text
-    return [item["b64_json"] for item in answer.json()["data"]]
 
 
 def all_at_once(server: Server, bodies: list[dict[str, Any]], during: Callable[[], object] = int) -> list[Any]:

@@ -1,0 +1,130 @@
+"""`go_fast` and `acceleration`, through the server and below it."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import io
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flux_local.model.fp8 import LARGEST, Fp8Linear, RoundedLinear, in_fp8, quantised, rounded
+from flux_local.model.loader import Pipeline
+from flux_local.model.transformer import Linear
+from tests.servers import Server, pictures, running
+
+BODY = {"prompt": "a large red star on a blue background", "size": "128x128", "steps": 12, "seed": 3,
+        "response_format": "b64_json"}  # fmt: skip
+FAST = {**BODY, "go_fast": True}
+
+
+def pixels(answer: httpx.Response) -> Any:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures(answer)[0]))).convert("RGB"), dtype=float)
+
+
+class TestRounding:
+    def test_the_largest_of_a_row_is_the_largest_of_fp8(self) -> None:
+        rows = torch.tensor([[1.0, -3.0, 0.5], [0.0, 0.0, 0.0], [1e-30, 1e30, -1e30]])
+        values, scale = quantised(rows)
+        assert values.float().abs().amax(1).tolist() == [LARGEST, 0.0, LARGEST]
+        torch.testing.assert_close(scale[0], torch.tensor([3.0 / LARGEST]))
+        assert torch.isfinite(rounded(rows)).all()
+
+    def test_a_value_keeps_four_significant_bits(self) -> None:
+        rows = torch.randn(64, 200, generator=torch.Generator().manual_seed(0))
+        small = rows.abs() > rows.abs().amax(1, keepdim=True) * 2**-14
+        assert ((rounded(rows) - rows).abs() / rows.abs())[small].max() <= 2**-4
+
+    def test_a_row_does_not_know_its_company(self) -> None:
+        rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(rounded(rows)[2:3], rounded(rows[2:3]))
+
+    @pytest.mark.parametrize(("rows", "into", "out"), [(1, 32, 16), (7, 64, 48), (33, 16, 32)])
+    def test_the_emulation_is_what_the_product_in_fp8_gives(self, rows: int, into: int, out: int) -> None:
+        generator = torch.Generator().manual_seed(rows)
+        weight, bias, x = (
+            torch.randn(*shape, generator=generator).bfloat16() for shape in ((out, into), (out,), (rows, into))
+        )
+        linear = Linear(weight, bias)
+        native, emulated = Fp8Linear.of(linear), RoundedLinear.of(Linear(weight.float(), bias.float()))
+        expected = emulated(x.float())
+        assert (native(x).float() - expected).norm() / expected.norm() < 4e-3
+        written = torch.empty(rows, out, dtype=torch.bfloat16)
+        native.into(written, x)
+        assert torch.equal(written, native(x))
+
+    def test_only_the_blocks_are_rounded(self, pipeline: Pipeline) -> None:
+        own: Any = pipeline.denoiser.transformer
+        fast = in_fp8(own)
+        assert fast.modulation is own.modulation
+        assert fast.image_in is own.image_in
+        assert fast.out is own.out
+        assert not torch.equal(fast.singles[0].out.weight, own.singles[0].out.weight)
+        assert isinstance(fast.doubles[0].text.qkv, RoundedLinear)
+
+
+class TestServed:
+    def test_the_answer_says_what_ran(self, server: Server) -> None:
+        plain, fast = server.post(BODY), server.post(FAST)
+        assert plain.headers["x-flux-precision"] == "fp32"
+        assert fast.headers["x-flux-precision"] == "fp8"
+        assert "x-flux-acceleration" not in fast.headers
+        assert httpx.get(server.url + "/ready").json()["precisions"] == ["fp32", "fp8"]
+        difference = np.abs(pixels(plain) - pixels(fast))
+        assert 0 < difference.mean() < 12, "another rounding, the same picture"
+
+    def test_the_same_bytes_in_company_and_after_a_restart(self, server: Server, tmp_path: Path) -> None:
+        alone = pictures(server.post(FAST))
+        bodies = [FAST, BODY, {**FAST, "seed": 4, "steps": 9}, {**FAST, "acceleration": "high"}, {**BODY, "seed": 9}]
+        with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+            in_company = list(pool.map(server.post, bodies))
+        assert pictures(in_company[0]) == alone
+        with running(tmp_path) as other:
+            assert pictures(other.post(FAST)) == alone
+            assert pictures(other.post(bodies[3])) == pictures(in_company[3])
+
+    @pytest.mark.parametrize("level", ["regular", "high"])
+    def test_steps_are_left_out(self, server: Server, level: str) -> None:
+        whole, cached = server.post({**BODY, "steps": 28}), server.post({**BODY, "steps": 28, "acceleration": level})
+        assert cached.headers["x-flux-acceleration"].startswith(f"{level}; ")
+        assert np.abs(pixels(whole) - pixels(cached)).mean() < 25
+        seconds = [answer.json()["timings"]["denoise_s"] for answer in (whole, cached)]
+        assert seconds[1] < seconds[0]
+
+    def test_none_is_the_default(self, server: Server) -> None:
+        assert pictures(server.post({**BODY, "acceleration": "none"})) == pictures(server.post(BODY))
+
+    def test_edits_and_streams(self, server: Server, tmp_path: Path) -> None:
+        """The mask is over the steps that run, and partial pictures come where one stops."""
+        source = io.BytesIO()
+        Image.new("RGB", (128, 128), "green").save(source, "PNG")
+        data = {"prompt": "a red star", "strength": "0.6", "steps": "20", "acceleration": "high", "go_fast": "true",
+                "response_format": "b64_json", "stream": "true", "partial_images": "3"}  # fmt: skip
+        answer = httpx.post(server.url + "/v1/images/edits", data=data, files={"image": source.getvalue()}, timeout=60)
+        assert answer.status_code == 200
+        assert answer.text.count("event: image_edit.partial_image") == 3
+        assert answer.text.count("event: image_edit.completed") == 1
+
+
+@pytest.mark.parametrize(("loaded", "refused", "precision"), [("full", True, "fp32"), ("fp8", False, "fp8")])
+def test_what_is_not_loaded_is_refused(tmp_path: Path, loaded: str, refused: bool, precision: str) -> None:
+    with running(tmp_path, "--precisions", loaded) as server:
+        answer = server.post({**BODY, "go_fast": refused})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "not_available"
+        assert answer.json()["error"]["param"] == "go_fast"
+        assert precision in answer.json()["error"]["message"]
+        assert server.post(BODY).headers["x-flux-precision"] == precision
+        assert httpx.get(server.url + "/ready").json()["precisions"] == [precision]
+
+
+def test_the_default_is_a_setting(tmp_path: Path) -> None:
+    with running(tmp_path, "--go-fast") as server:
+        assert server.post(BODY).headers["x-flux-precision"] == "fp8"
+        assert server.post({**BODY, "go_fast": False}).headers["x-flux-precision"] == "fp32"
