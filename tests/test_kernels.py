@@ -77,6 +77,19 @@ def test_rows_between_strides_are_left_alone(kernels: dict[str, Any]) -> None:
     assert not torch.equal(buffer[:, 10:20], kept[:, 10:20])
 
 
+def test_every_number_is_rounded_to_fp8_as_torch_rounds_it(kernels: dict[str, Any]) -> None:
+    """All e4m3 numbers, the midpoints between them, and what lies just beside."""
+    grid = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (grid[1:] + grid[:-1]) / 2
+    near = torch.cat([middle.nextafter(grid[1:]), middle.nextafter(grid[:-1])])
+    row = torch.cat([grid, middle, near, torch.tensor([448.0])])
+    rows = torch.stack([row, -row])
+    values, scale = kernels["quantised"](rows)
+    expected, _ = Ops().quantised(rows)
+    assert scale.tolist() == [[1.0], [1.0]]
+    assert torch.equal(values.float(), expected.float())
+
+
 class TestSelfCheck:
     """A kernel that is wrong or broken is not used, and the rest are."""
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_local.model.fp8 import LARGEST, Fp8Linear, RoundedLinear, in_fp8, quantised, rounded
+from flux_local.model.fp8 import Fp8Linear, RoundedLinear, in_fp8, rounded
 from flux_local.model.loader import Pipeline
+from flux_local.model.ops import LARGEST, quantised
 from flux_local.model.transformer import Linear
 from tests.servers import Server, pictures, running
 

@@ -8,28 +8,19 @@ product the same rounding is emulated in the model's own precision: slower than 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flux_local.model.ops import quantised
 from flux_local.model.transformer import FluxTransformer, Linear
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max
-"""448."""
-TINY = 1e-12
-"""Stands for the largest of a row of zeros."""
 ADA = (8, 9)
 """CUDA capability from which there are fp8 products."""
-
-
-def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, N] → e4m3 values and their scales [rows, 1] fp32: row ≈ values · scale, its largest at 448."""
-    wide = rows.float()
-    scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(TINY) / LARGEST
-    return (wide / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
 
 
 def rounded(rows: Tensor) -> Tensor:
@@ -43,14 +34,15 @@ class Fp8Linear(Linear):
     """`weight` is e4m3 [out, in]; `scale` [1, out] fp32."""
 
     scale: Tensor
+    quantise: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     @classmethod
-    def of(cls, linear: Linear) -> Fp8Linear:
+    def of(cls, linear: Linear, quantise: Callable[[Tensor], tuple[Tensor, Tensor]] = quantised) -> Fp8Linear:
         values, scale = quantised(linear.weight)
-        return cls(values, linear.bias, scale.t().contiguous())
+        return cls(values, linear.bias, scale.t().contiguous(), quantise)
 
     def __call__(self, x: Tensor) -> Tensor:
-        values, scale = quantised(x)
+        values, scale = self.quantise(x)
         return torch._scaled_mm(
             values, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=self.bias.dtype, use_fast_accum=False
         )
@@ -77,4 +69,5 @@ class RoundedLinear(Linear):
 def in_fp8(transformer: FluxTransformer) -> FluxTransformer:
     """The same transformer with its blocks in fp8; everything else is shared with the given one."""
     native = transformer.device.type == "cuda" and torch.cuda.get_device_capability(transformer.device) >= ADA
-    return transformer.with_blocks(Fp8Linear.of if native else RoundedLinear.of)
+    native_form = partial(Fp8Linear.of, quantise=transformer.ops.quantised)
+    return transformer.with_blocks(native_form if native else RoundedLinear.of)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flux_local.model.ops import EPSILON, Layout, Site
+from flux_local.model.ops import E4M3, EPSILON, LARGEST, TINY, Layout, Site
 
 GELU_BLOCK = 1024
 PIXELS = 256
@@ -185,10 +185,42 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilo
     return out
 
 
+@triton.jit
+def _quantise(x, values, scales, width, row_stride, largest, tiny, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * row_stride + columns, inside, 0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), 0), tiny) / largest
+    tl.store(scales + row, scale)
+    scaled = tl.minimum(tl.maximum(value / scale, -largest), largest)
+    # To e4m3 by hand, ties to even, so that the cast after it is exact whoever does it. Below 2⁻⁶ its numbers lie 2⁻⁹
+    # apart, which is what fp32 keeps next to 24576; above, three bits follow the leading one.
+    near_zero = (scaled + 24576.0) - 24576.0
+    bits = scaled.to(tl.int32, bitcast=True)
+    elsewhere = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    rounded = tl.where(tl.abs(scaled) < 0.015625, near_zero, elsewhere)
+    tl.store(values + row * width + columns, rounded.to(values.dtype.element_ty), inside)
+
+
+def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.quantised`, of rows of any stride: read once."""
+    count, width = rows.shape
+    assert rows.stride(1) == 1
+    values = torch.empty(count, width, dtype=E4M3, device=rows.device)
+    scales = torch.empty(count, 1, dtype=torch.float32, device=rows.device)
+    block = triton.next_power_of_2(width)
+    _quantise[(count,)](
+        rows, values, scales, width, rows.stride(0), LARGEST, TINY, BLOCK=block, num_warps=16 if block > 4096 else 8
+    )
+    return values, scales
+
+
 KERNELS: dict[str, Any] = {
     "modulated_norm": modulated_norm,
     "add_norm": add_norm,
     "norm_rotate_": norm_rotate_,
     "gelu_": gelu_,
     "group_norm_silu": group_norm_silu,
+    "quantised": quantised,
 }

@@ -148,6 +148,14 @@ def try_group_norm(op: Any, sizes: Sizes, data: Data) -> Tensor:
     return found
 
 
+def try_quantised(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    """The scales, which are exact, and the numbers that rows stand for, of a strided part of a buffer."""
+    width = sizes.heads * sizes.head_size
+    buffer = data.random(0, sizes.layout.rows, 7 * width)
+    values, scale = op(buffer[:, 2 * width :])
+    return torch.cat([scale.to(data.given), (values.float() * scale).to(data.given)], dim=1)
+
+
 TRIALS: dict[str, Callable[[Any, Sizes, Data], Tensor]] = {
     "modulated_norm": try_norm,
     "add_norm": try_add_norm,
@@ -155,4 +163,5 @@ TRIALS: dict[str, Callable[[Any, Sizes, Data], Tensor]] = {
     "gelu_": try_gelu,
     "group_norm_silu": try_group_norm,
     "attention": try_attention,
+    "quantised": try_quantised,
 }
