@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
 import pytest
+import torch
+from calibrate_steps import best_mask, skipping
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flux_local import weights
 from flux_local.model.loader import Pipeline
 from flux_local.steps import LEVELS, Masks, advances, formula, partial_steps
+from tests.servers import MODEL, ROOT, environment
 
+SCRIPT = ROOT / "scripts" / "calibrate_steps.py"
 PROMPT = "a large red star on a blue background"
 
 
@@ -86,3 +98,59 @@ def test_extrapolation_is_nearer_than_leaving_steps_out(pipeline: Pipeline, leve
     fewer, _ = drawn(pipeline, (), asked)
     assert asked == sum(mask)
     assert (cached - truth).norm() < (fewer - truth).norm()  # type: ignore[operator]
+
+
+class TestCalibration:
+    """`scripts/calibrate_steps.py`."""
+
+    def test_the_mask_found_is_the_best_there_is(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        steps = 7
+        sigmas = [1.0, 0.93, 0.85, 0.7, 0.55, 0.4, 0.2, 0.0]
+        velocities = [torch.randn(steps, 5, generator=generator).cumsum(0) for _ in range(2)]
+
+        def cost(mask: tuple[bool, ...]) -> float:
+            """By drawing it out: every skipped step's own error."""
+            total = 0.0
+            for v in velocities:
+                done: list[int] = []
+                for i in range(steps):
+                    if mask[i]:
+                        done.append(i)
+                        continue
+                    a, b = done[-2:]
+                    line = v[b] + (sigmas[i] - sigmas[b]) / (sigmas[b] - sigmas[a]) * (v[b] - v[a])
+                    total += float((line - v[i]).norm()) * abs(sigmas[i + 1] - sigmas[i]) / len(velocities)
+            return total
+
+        errors = skipping(velocities, sigmas)
+        for count in range(3, steps + 1):
+            inner = combinations(range(2, steps - 1), count - 3)
+            masks = [tuple(i in (0, 1, steps - 1, *chosen) for i in range(steps)) for chosen in inner]
+            found = best_mask(errors, count)
+            assert sum(found) == count
+            assert cost(found) == pytest.approx(min(map(cost, masks)), abs=1e-5)
+
+    def test_the_script_writes_masks_that_the_server_reads(self, tmp_path: Path) -> None:
+        for source in MODEL.iterdir():
+            (tmp_path / source.name).symlink_to(source)
+        (tmp_path / "flux-local.json").unlink()
+        shutil.copy(MODEL / "flux-local.json", tmp_path)
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), "--model", str(tmp_path), "--steps", "9", "20"],
+            capture_output=True,
+            text=True,
+            env=environment(),
+        )
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(done.stdout.splitlines()[-1])
+        masks = weights.info(tmp_path).masks
+        by_formula = {(row["steps"], row["level"]): row for row in rows if row["mask"] == "formula"}
+        calibrated = [row for row in rows if row["mask"] == "calibrated"]
+        assert len(calibrated) == len(by_formula) == 4
+        for row in calibrated:
+            steps, level = row["steps"], row["level"]
+            written = masks.origin(level, steps).endswith("calibrated")
+            assert written == (row["error"] < by_formula[steps, level]["error"])
+            if written:
+                assert "".join("01"[c] for c in masks(level, steps)) == row["digits"]
