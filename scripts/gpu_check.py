@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from proof.timing import TIMED, milliseconds  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from flux_local.model.denoiser import Denoiser, Picture  # noqa: E402
+from flux_local.model.fp8 import in_fp8  # noqa: E402
 from flux_local.model.latents import initial_noise  # noqa: E402
 from flux_local.model.ops import Layout, Ops  # noqa: E402
 from flux_local.model.reference import ReferenceTransformer  # noqa: E402
@@ -45,7 +47,10 @@ from flux_local.model.selfcheck import Sizes, accelerated  # noqa: E402
 from flux_local.model.text import PromptEmbedding  # noqa: E402
 from flux_local.model.transformer import FluxTransformer, Geometry  # noqa: E402
 from flux_local.model.vae import Autoencoder  # noqa: E402
+from flux_local.steps import formula  # noqa: E402
 
+FP8_STEP, FP8_BLOCK = 0.04, 0.05
+"""Largest relative errors of fp8 against our own precision: of a velocity, and of what one branch of a block adds."""
 BF16_ERROR = 1.1
 """Our distance from fp32 truth, at most so many times that of diffusers in bf16."""
 
@@ -156,6 +161,7 @@ class Bench:
         began = time.perf_counter()
         weights = self.module.state_dict()
         self.ours = FluxTransformer(Geometry.of(self.module.config), weights.__getitem__, self.ops)
+        self.fast = in_fp8(self.ours)
         self.theirs = ReferenceTransformer(self.module)
         self.report.timings["fuse_weights_s"] = time.perf_counter() - began
         say(f"  {sum(p.numel() for p in self.module.parameters()) / 1e9:.2f} billion parameters")
@@ -205,11 +211,31 @@ class Bench:
         errors = {name: float((v - truth.double()).norm() / truth.double().norm()) for name, v in drawn.items()}
         limit = max(BF16_ERROR * errors["diffusers"], 1e-5)
         self.report.check(f"velocity at {side}² against fp32", 0 <= errors["ours"] <= limit, **errors, limit=limit)
-        denoiser = Denoiser(self.ours)
-        for batch in self.scale.batches[1:]:
-            same = denoiser.independent(side, side, batch, self.prompt(0))
-            self.report.independent[f"{batch} at {side}"] = same
-            say(f"  a picture's bits in a batch of {batch} are {'those' if same else 'not those'} of the picture alone")
+        rounded = Denoiser(self.fast).velocity(self.pictures(self.fast, side, 1, 4)).double()
+        error = float((rounded - drawn["ours"]).norm() / drawn["ours"].norm())
+        self.report.check(
+            f"velocity at {side}² in fp8 against ours", 0 < error <= FP8_STEP, error=error, limit=FP8_STEP
+        )
+        worst = max(self.contributions(side))
+        limit = FP8_BLOCK if self.scale is REAL else 2 * FP8_BLOCK  # short rows average less
+        self.report.check("each block's contribution in fp8", 0 < worst <= limit, worst=worst, limit=limit)
+        for name, transformer in (("bf16", self.ours), ("fp8", self.fast)):
+            for batch in self.scale.batches[1:]:
+                same = Denoiser(transformer).independent(side, side, batch, self.prompt(0))
+                self.report.independent[f"{name}, {batch} at {side}"] = same
+                say(f"  {name}: a picture's bits in a batch of {batch} are {'' if same else 'NOT '}those of it alone")
+
+    def contributions(self, side: int) -> Iterator[float]:
+        """‖fp8 − ours‖ / ‖ours‖ of what each branch of each block adds, given the same normal numbers."""
+        layout = Layout(1, self.scale.text, (side // 16) ** 2)
+        rotary = self.ours.rotary(side, side, self.scale.text)
+        generator = torch.Generator(self.device).manual_seed(5)
+        x = torch.randn(layout.rows, self.ours.geometry.width, generator=generator, device=self.device).to(self.dtype)
+        given = self.ops.quantised(x) if self.fast.fp8 else x
+        with torch.inference_mode():
+            for plain, fast in zip(self.ours.branches(), self.fast.branches(), strict=True):
+                expected = plain(x, rotary, layout).double()
+                yield float((fast(given, rotary, layout).double() - expected).norm() / expected.norm())
 
     def step_ms(self, transformer: Any, side: int, batch: int) -> float:
         denoiser = Denoiser(transformer)
@@ -230,7 +256,8 @@ class Bench:
                 for batch in self.scale.batches
                 if batch * side * side <= 2 * self.scale.sides[0] ** 2
             }
-            for name in (f"diffusers eager {side}", f"ours without graph {side}", f"ours {side}"):
+            table[f"ours fp8 {side}"] = {"1": self.step_ms(self.fast, side, 1)}
+            for name in (f"diffusers eager {side}", f"ours without graph {side}", f"ours {side}", f"ours fp8 {side}"):
                 say(f"  {name:24} " + "  ".join(f"batch {b}: {ms:.2f} ms" for b, ms in table[name].items()))
         if self.cuda:
             self.compiled(table)
@@ -284,22 +311,26 @@ class Bench:
                 noise = initial_noise(0, side, side).to(self.device, self.dtype)
                 timings[f"decode_{side}_ms"] = self.milliseconds(lambda: vae.decode(noise, side, side))  # noqa: B023
                 say(f"  decoding at {side}²: {timings[f'decode_{side}_ms']:.2f} ms")
-            denoiser, whole = Denoiser(self.ours), {}
-            for side in (self.scale.sides[0], self.scale.sides[-1]):
+            whole = {}
+            modes = [(self.ours, "none"), (self.fast, "none"), (self.fast, "regular"), (self.fast, "high")]
+            for side, (transformer, level) in product((self.scale.sides[0], self.scale.sides[-1]), modes):
+                denoiser, mask = Denoiser(transformer), formula(level, self.scale.steps)
+                name = f"{side}² {'fp8' if transformer is self.fast else 'own precision'}, acceleration {level}"
                 taken = []
                 for _ in range(3):
                     if self.cuda:
                         torch.cuda.synchronize()
                     began = time.perf_counter()
                     t5(tokens)
-                    pictures = self.pictures(self.ours, side, 1, self.scale.steps)
-                    for _ in range(self.scale.steps):
+                    pictures = self.pictures(transformer, side, 1, self.scale.steps)
+                    pictures[0].computed = mask
+                    while pictures[0].steps_left:
                         denoiser.advance(pictures)
                     pixels = vae.decode(pictures[0].latents, side, side)
                     Image.frombytes("RGB", (side, side), pixels).save(io.BytesIO(), "PNG", compress_level=1)
                     taken.append(time.perf_counter() - began)
-                whole[str(side)] = statistics.median(taken)
-                say(f"  whole picture at {side}², {self.scale.steps} steps: {whole[str(side)]:.3f} s")
+                whole[name] = statistics.median(taken)
+                say(f"  whole picture, {name}, {self.scale.steps} steps: {whole[name]:.3f} s")
             timings["picture_s"] = whole
 
     def run(self) -> Report:

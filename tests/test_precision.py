@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from PIL import Image
 
 from flux_local.model.fp8 import Fp8Linear, RoundedLinear, in_fp8, rounded
+from flux_local.model.latents import initial_noise
 from flux_local.model.loader import Pipeline
-from flux_local.model.ops import LARGEST, quantised
-from flux_local.model.transformer import Linear
+from flux_local.model.ops import LARGEST, Layout, Ops, quantised
+from flux_local.model.transformer import FluxTransformer, Geometry, Linear
 from tests.servers import Server, pictures, running
+from tests.test_transformer import SMALL, prompt_of, random_module
 
 BODY = {"prompt": "a large red star on a blue background", "size": "128x128", "steps": 12, "seed": 3,
         "response_format": "b64_json"}  # fmt: skip
@@ -68,6 +71,38 @@ class TestRounding:
         assert fast.out is own.out
         assert not torch.equal(fast.singles[0].out.weight, own.singles[0].out.weight)
         assert isinstance(fast.doubles[0].text.qkv, RoundedLinear)
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch forms", "kernels"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_blocks_in_fp8_give_what_the_emulation_gives(kernels: bool, batch: int) -> None:
+    """Products in fp8 and rows rounded where they are made (`torch._scaled_mm` runs on a CPU too), against fp32."""
+    from flux_local.model.kernels import KERNELS
+
+    module = random_module(SMALL)
+    exact = FluxTransformer(Geometry.of(module.config), module.state_dict().__getitem__)
+    chosen = {name: op for name, op in KERNELS.items() if name != "attention"} if kernels else {}
+    narrow = FluxTransformer(
+        exact.geometry, lambda name: module.state_dict()[name].bfloat16(), replace(Ops(), **chosen)
+    )  # fmt: skip
+    layout = Layout(batch, 4, 6)
+    rotary = exact.rotary(48, 32, layout.text)
+    x = torch.randn(layout.rows, exact.geometry.width, generator=torch.Generator().manual_seed(2)).bfloat16()
+    emulated, native = in_fp8(exact, native=False), in_fp8(narrow, native=True)
+    with torch.inference_mode():
+        for plain, rounding, fast in zip(exact.branches(), emulated.branches(), native.branches(), strict=True):
+            truth, expected = plain(x.float(), rotary, layout), rounding(x.float(), rotary, layout)
+            found = fast(quantised(x), rotary, layout).float()
+            assert 0.01 < (expected - truth).norm() / truth.norm() < 0.1
+            assert (found - expected).norm() / truth.norm() < 0.05
+        latents = torch.cat([initial_noise(i, 48, 32) for i in range(batch)])
+        velocity = []
+        for transformer in (exact, native):
+            prompt = prompt_of(module.config, 4, 1)
+            conditions = [transformer.condition(prompt, [0.8], 2.0)] * batch
+            drawn = transformer.velocity(latents.to(transformer.dtype), conditions, [0] * batch, 48, 32)
+            velocity.append(drawn.float())
+    assert (velocity[1] - velocity[0]).norm() / velocity[0].norm() < 0.02
 
 
 class TestServed:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flux_local.model.ops import quantised
+from flux_local.model.ops import Activation, Rows, quantised
 from flux_local.model.transformer import FluxTransformer, Linear
 
 ADA = (8, 9)
@@ -34,21 +33,26 @@ class Fp8Linear(Linear):
     """`weight` is e4m3 [out, in]; `scale` [1, out] fp32."""
 
     scale: Tensor
-    quantise: Callable[[Tensor], tuple[Tensor, Tensor]]
+    quantise: Callable[[Tensor], Rows]
+    """For what does not come in fp8 yet."""
 
     @classmethod
-    def of(cls, linear: Linear, quantise: Callable[[Tensor], tuple[Tensor, Tensor]] = quantised) -> Fp8Linear:
+    def of(cls, linear: Linear, quantise: Callable[[Tensor], Rows] = quantised) -> Fp8Linear:
         values, scale = quantised(linear.weight)
         return cls(values, linear.bias, scale.t().contiguous(), quantise)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        values, scale = self.quantise(x)
+    def __call__(self, x: Activation) -> Tensor:
+        values, scale = x if isinstance(x, Rows) else self.quantise(x)
         return torch._scaled_mm(
             values, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=self.bias.dtype, use_fast_accum=False
         )
 
-    def into(self, out: Tensor, x: Tensor) -> None:
-        out.copy_(self(x))
+    def into(self, out: Tensor, x: Activation) -> None:
+        values, scale = x if isinstance(x, Rows) else self.quantise(x)
+        torch._scaled_mm(
+            values, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=out.dtype, use_fast_accum=False,
+            out=out,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,24 @@ class RoundedLinear(Linear):
     def of(cls, linear: Linear) -> RoundedLinear:
         return cls(rounded(linear.weight), linear.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(rounded(x), self.weight, self.bias)
+    def __call__(self, x: Activation) -> Tensor:
+        assert isinstance(x, Tensor)
+        return super().__call__(rounded(x))
 
-    def into(self, out: Tensor, x: Tensor) -> None:
-        torch.addmm(self.bias, rounded(x), self.weight.t(), out=out)
+    def into(self, out: Tensor, x: Activation) -> None:
+        assert isinstance(x, Tensor)
+        super().into(out, rounded(x))
 
 
-def in_fp8(transformer: FluxTransformer) -> FluxTransformer:
-    """The same transformer with its blocks in fp8; everything else is shared with the given one."""
-    native = transformer.device.type == "cuda" and torch.cuda.get_device_capability(transformer.device) >= ADA
-    native_form = partial(Fp8Linear.of, quantise=transformer.ops.quantised)
-    return transformer.with_blocks(native_form if native else RoundedLinear.of)
+def in_fp8(transformer: FluxTransformer, native: bool | None = None) -> FluxTransformer:
+    """The same transformer with its blocks in fp8; everything else is shared with the given one.
+
+    Args:
+        native: with products in fp8, or with the emulation; as the device can, if not said.
+    """
+    if native is None:
+        cuda = transformer.device.type == "cuda"
+        native = cuda and torch.cuda.get_device_capability(transformer.device) >= ADA
+    if native:
+        return transformer.with_blocks(partial(Fp8Linear.of, quantise=transformer.ops.quantised), fp8=True)
+    return transformer.with_blocks(RoundedLinear.of, fp8=False)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flux_local.model.ops import E4M3, EPSILON, LARGEST, TINY, Layout, Site
+from flux_local.model.ops import E4M3, EPSILON, LARGEST, TINY, Layout, Rows, Site
 
 GELU_BLOCK = 1024
 PIXELS = 256
@@ -23,10 +23,31 @@ TILE = 4096
 
 
 @triton.jit
+def _gelu_of(value):
+    # x·(1 + tanh u)/2 = x·sigmoid(2u), u = √(2/π)·(x + 0.044715·x³)
+    return value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+
+
+@triton.jit
+def _to_fp8(row, largest, tiny):
+    """A row's scale, and its numbers over that, rounded to e4m3 but still fp32.
+
+    By hand, ties to even, so that the cast after it is exact whoever does it. Below 2⁻⁶ the numbers of e4m3 lie 2⁻⁹
+    apart, which is what fp32 keeps next to 24576; above, three bits follow the leading one.
+    """
+    scale = tl.maximum(tl.max(tl.abs(row), 0), tiny) / largest
+    scaled = tl.minimum(tl.maximum(row / scale, -largest), largest)
+    near_zero = (scaled + 24576.0) - 24576.0
+    bits = scaled.to(tl.int32, bitcast=True)
+    elsewhere = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return scale, tl.where(tl.abs(scaled) < 0.015625, near_zero, elsewhere)
+
+
+@triton.jit
 def _add_norm(
-    x, branch, modulation, out, width, picture_stride, text_rows, text, image,
+    x, branch, modulation, out, scales, width, picture_stride, text_rows, text, image,
     text_shift, text_scale, text_gate, image_shift, image_scale, image_gate,
-    epsilon, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    epsilon, largest, tiny, ADD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     of_image = row >= text_rows
@@ -48,31 +69,47 @@ def _add_norm(
     scale = tl.load(vectors + tl.where(of_image, image_scale, text_scale) * width + columns, inside, 0.0)
     shift = tl.load(vectors + tl.where(of_image, image_shift, text_shift) * width + columns, inside, 0.0)
     normed = centred / deviation * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
+    if FP8:
+        row_scale, normed = _to_fp8(tl.where(inside, normed, 0.0), largest, tiny)
+        tl.store(scales + row, row_scale)
     tl.store(out + row * width + columns, normed.to(out.dtype.element_ty), inside)
 
 
-def launch_add_norm(x: Tensor, branch: Tensor | None, modulation: Tensor, layout: Layout, site: Site) -> Tensor:
+def launch_add_norm(
+    x: Tensor, branch: Tensor | None, modulation: Tensor, layout: Layout, site: Site, fp8: bool
+) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     assert x.is_contiguous()
     assert modulation.stride()[1:] == (width, 1)
     assert branch is None or branch.is_contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=E4M3 if fp8 else x.dtype)
+    scales = torch.empty(rows if fp8 else 0, 1, dtype=torch.float32, device=x.device)
     _add_norm[(rows,)](
-        x, x if branch is None else branch, modulation, out, width, modulation.stride(0), layout.text_rows,
-        layout.text, layout.image, *site.text, *site.image, EPSILON,
-        ADD=branch is not None, BLOCK=triton.next_power_of_2(width), num_warps=8,
+        x, x if branch is None else branch, modulation, out, scales if fp8 else x, width, modulation.stride(0),
+        layout.text_rows, layout.text, layout.image, *site.text, *site.image, EPSILON, LARGEST, TINY,
+        ADD=branch is not None, FP8=fp8, BLOCK=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
-    return out
+    return out, scales
 
 
 def modulated_norm(x: Tensor, modulation: Tensor, layout: Layout, site: Site) -> Tensor:
     """`ops.modulated_norm`."""
-    return launch_add_norm(x, None, modulation, layout, site)
+    return launch_add_norm(x, None, modulation, layout, site, False)[0]
 
 
 def add_norm(x: Tensor, branch: Tensor, modulation: Tensor, layout: Layout, site: Site) -> Tensor:
     """`ops.add_norm`: the residual stream is read and written once."""
-    return launch_add_norm(x, branch, modulation, layout, site)
+    return launch_add_norm(x, branch, modulation, layout, site, False)[0]
+
+
+def modulated_norm_quantised(x: Tensor, modulation: Tensor, layout: Layout, site: Site) -> Rows:
+    """`ops.modulated_norm_quantised`."""
+    return Rows(*launch_add_norm(x, None, modulation, layout, site, True))
+
+
+def add_norm_quantised(x: Tensor, branch: Tensor, modulation: Tensor, layout: Layout, site: Site) -> Rows:
+    """`ops.add_norm_quantised`."""
+    return Rows(*launch_add_norm(x, branch, modulation, layout, site, True))
 
 
 @triton.jit
@@ -118,9 +155,7 @@ def _gelu(x, width, row_stride, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = x + row * row_stride + column
     value = tl.load(at, column < width, 0.0).to(tl.float32)
-    # x·(1 + tanh u)/2 = x·sigmoid(2u), u = √(2/π)·(x + 0.044715·x³)
-    turned = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
-    tl.store(at, turned.to(x.dtype.element_ty), column < width)
+    tl.store(at, _gelu_of(value).to(x.dtype.element_ty), column < width)
 
 
 def gelu_(x: Tensor) -> None:
@@ -186,34 +221,39 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilo
 
 
 @triton.jit
-def _quantise(x, values, scales, width, row_stride, largest, tiny, BLOCK: tl.constexpr):
+def _gelu_quantise(x, values, scales, width, first, row_stride, largest, tiny, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     value = tl.load(x + row * row_stride + columns, inside, 0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), 0), tiny) / largest
+    if GELU:
+        value = tl.where(columns < first, value, _gelu_of(value))
+    scale, rounded = _to_fp8(value, largest, tiny)
     tl.store(scales + row, scale)
-    scaled = tl.minimum(tl.maximum(value / scale, -largest), largest)
-    # To e4m3 by hand, ties to even, so that the cast after it is exact whoever does it. Below 2⁻⁶ its numbers lie 2⁻⁹
-    # apart, which is what fp32 keeps next to 24576; above, three bits follow the leading one.
-    near_zero = (scaled + 24576.0) - 24576.0
-    bits = scaled.to(tl.int32, bitcast=True)
-    elsewhere = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    rounded = tl.where(tl.abs(scaled) < 0.015625, near_zero, elsewhere)
     tl.store(values + row * width + columns, rounded.to(values.dtype.element_ty), inside)
 
 
-def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`ops.quantised`, of rows of any stride: read once."""
+def launch_quantise(rows: Tensor, first: int | None) -> Rows:
     count, width = rows.shape
     assert rows.stride(1) == 1
     values = torch.empty(count, width, dtype=E4M3, device=rows.device)
     scales = torch.empty(count, 1, dtype=torch.float32, device=rows.device)
     block = triton.next_power_of_2(width)
-    _quantise[(count,)](
-        rows, values, scales, width, rows.stride(0), LARGEST, TINY, BLOCK=block, num_warps=16 if block > 4096 else 8
-    )
-    return values, scales
+    _gelu_quantise[(count,)](
+        rows, values, scales, width, first or 0, rows.stride(0), LARGEST, TINY, GELU=first is not None, BLOCK=block,
+        num_warps=16 if block > 4096 else 8,
+    )  # fmt: skip
+    return Rows(values, scales)
+
+
+def quantised(rows: Tensor) -> Rows:
+    """`ops.quantised`, of rows of any stride: read once."""
+    return launch_quantise(rows, None)
+
+
+def gelu_quantised(x: Tensor, first: int) -> Rows:
+    """`ops.gelu_quantised`: read once, and left as it is."""
+    return launch_quantise(x, first)
 
 
 KERNELS: dict[str, Any] = {
@@ -223,4 +263,7 @@ KERNELS: dict[str, Any] = {
     "gelu_": gelu_,
     "group_norm_silu": group_norm_silu,
     "quantised": quantised,
+    "modulated_norm_quantised": modulated_norm_quantised,
+    "add_norm_quantised": add_norm_quantised,
+    "gelu_quantised": gelu_quantised,
 }

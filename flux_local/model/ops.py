@@ -160,11 +160,44 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilo
     return F.silu(F.group_norm(x, groups, weight, bias, epsilon))
 
 
-def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, N] → e4m3 values and their scales [rows, 1] fp32: row ≈ values · scale, its largest at 448."""
+class Rows(NamedTuple):
+    """Rows in fp8: row ≈ values · scale, its largest at 448."""
+
+    values: Tensor
+    """[rows, N] e4m3."""
+    scale: Tensor
+    """[rows, 1] fp32."""
+
+
+Activation = Tensor | Rows
+"""What a matrix product takes: numbers as they are, or already in fp8."""
+
+
+def part(x: Activation, rows: slice) -> Activation:
+    return Rows(x.values[rows], x.scale[rows]) if isinstance(x, Rows) else x[rows]
+
+
+def quantised(rows: Tensor) -> Rows:
+    """[rows, N] in fp8, each row with a scale of its own."""
     wide = rows.float()
     scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(TINY) / LARGEST
-    return (wide / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
+    return Rows((wide / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale)
+
+
+def modulated_norm_quantised(x: Tensor, modulation: Tensor, layout: Layout, site: Site) -> Rows:
+    """`modulated_norm`, in fp8."""
+    return quantised(modulated_norm(x, modulation, layout, site))
+
+
+def add_norm_quantised(x: Tensor, branch: Tensor, modulation: Tensor, layout: Layout, site: Site) -> Rows:
+    """`add_norm`, in fp8; the residual stream stays as it is."""
+    return quantised(add_norm(x, branch, modulation, layout, site))
+
+
+def gelu_quantised(x: Tensor, first: int) -> Rows:
+    """GELU of the columns from `first` on, then all of them in fp8. `x` may be written to."""
+    gelu_(x[:, first:])
+    return quantised(x)
 
 
 @dataclass(frozen=True)
@@ -177,4 +210,7 @@ class Ops:
     gelu_: Callable[[Tensor], None] = gelu_
     attention: Callable[[Tensor, int, int, Layout], Tensor] = attention
     group_norm_silu: Callable[[Tensor, int, Tensor, Tensor, float], Tensor] = group_norm_silu
-    quantised: Callable[[Tensor], tuple[Tensor, Tensor]] = quantised
+    quantised: Callable[[Tensor], Rows] = quantised
+    modulated_norm_quantised: Callable[[Tensor, Tensor, Layout, Site], Rows] = modulated_norm_quantised
+    add_norm_quantised: Callable[[Tensor, Tensor, Tensor, Layout, Site], Rows] = add_norm_quantised
+    gelu_quantised: Callable[[Tensor, int], Rows] = gelu_quantised

@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from flux_local.model.graphs import Graphs
 from flux_local.model.latents import position_ids
-from flux_local.model.ops import Layout, Ops, Site, Vectors
+from flux_local.model.ops import Activation, Layout, Ops, Site, Vectors, part
 from flux_local.model.text import PromptEmbedding
 
 MLP_RATIO = 4
@@ -34,6 +35,10 @@ TIMESTEPS = 1000
 
 Weights = Callable[[str], Tensor]
 """A tensor by its name in diffusers' state dict, in the precision and on the device that it is to have."""
+
+
+Branch = Callable[[Activation, Tensor, Layout], Tensor]
+"""Normalised rows, the rotary table and the layout → what is added to the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,13 @@ class Linear:
     weight: Tensor
     bias: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activation) -> Tensor:
+        assert isinstance(x, Tensor)
         return F.linear(x, self.weight, self.bias)
 
-    def into(self, out: Tensor, x: Tensor) -> None:
+    def into(self, out: Tensor, x: Activation) -> None:
         """Writes y to `out` [rows, out]; both of any row stride."""
+        assert isinstance(x, Tensor)
         torch.addmm(self.bias, x, self.weight.t(), out=out)
 
 
@@ -129,6 +136,8 @@ class FluxTransformer:
         self.singles = [single_block(weights, f"single_transformer_blocks.{i}") for i in range(geometry.single_blocks)]
         self.out = linear(weights, "proj_out")
         self.sites = sites(geometry)
+        self.fp8 = False
+        """Whether what blocks take is put into fp8 where it is made."""
         self.dtype, self.device = self.image_in.weight.dtype, self.image_in.weight.device
         self._rotary: dict[tuple[int, int, int], Tensor] = {}
         self.run = recorded(self)
@@ -181,48 +190,65 @@ class FluxTransformer:
             rotary: [text + tokens, head size / 2, 2].
         """
         layout = Layout(len(latents), context.shape[1], latents.shape[1])
-        x = torch.empty(layout.rows, self.geometry.width, dtype=self.dtype, device=self.device)
+        x = self.buffer(layout, self.geometry.width)
         x[: layout.text_rows] = context.flatten(0, 1)
         self.image_in.into(x[layout.text_rows :], latents.flatten(0, 1))
-        following = iter(self.sites)
-        normed = self.ops.modulated_norm(x, modulation, layout, next(following))
-        for double in self.doubles:
-            branch = self.attend(double, normed, rotary, layout)
-            normed = self.ops.add_norm(x, branch, modulation, layout, next(following))
-            branch = self.feed_forward(double, normed, layout)
-            normed = self.ops.add_norm(x, branch, modulation, layout, next(following))
-        for single in self.singles:
-            branch = self.attend_and_feed_forward(single, normed, rotary, layout)
-            normed = self.ops.add_norm(x, branch, modulation, layout, next(following))
-        return self.out(normed[layout.text_rows :]).view(layout.batch, layout.image, -1)
+        ops, sites = self.ops, self.sites
+        norm = ops.modulated_norm_quantised if self.fp8 else ops.modulated_norm
+        add_norm = ops.add_norm_quantised if self.fp8 else ops.add_norm
+        branches = self.branches()
+        normed: Activation = norm(x, modulation, layout, sites[0])
+        for branch, site in zip(branches[:-1], sites[1:-1], strict=True):
+            normed = add_norm(x, branch(normed, rotary, layout), modulation, layout, site)
+        last = ops.add_norm(x, branches[-1](normed, rotary, layout), modulation, layout, sites[-1])
+        return self.out(last[layout.text_rows :]).view(layout.batch, layout.image, -1)
 
-    def attend(self, block: DoubleBlock, x: Tensor, rotary: Tensor, layout: Layout) -> Tensor:
+    def branches(self) -> list[Branch]:
+        """All that is added to the residual stream, in the order of the pass."""
+        found: list[Branch] = []
+        for double in self.doubles:
+            found += [partial(self.attend, double), partial(self.feed_forward, double)]
+        return found + [partial(self.attend_and_feed_forward, single) for single in self.singles]
+
+    def attend(self, block: DoubleBlock, x: Activation, rotary: Tensor, layout: Layout) -> Tensor:
         """[rows, D] → [rows, D]: both streams attend to both."""
-        heads, size = self.geometry.heads, self.geometry.head_size
-        qkv = x.new_empty(layout.rows, 3 * self.geometry.width)
-        each_stream(block.text.qkv, block.image.qkv, qkv, x, layout)
+        heads, size, width = self.geometry.heads, self.geometry.head_size, self.geometry.width
+        qkv = each_stream(block.text.qkv, block.image.qkv, self.buffer(layout, 3 * width), x, layout)
         self.ops.norm_rotate_(qkv, heads, block.norm, rotary, layout)
         attended = self.ops.attention(qkv, heads, size, layout)
-        return each_stream(block.text.out, block.image.out, torch.empty_like(x), attended, layout)
+        return each_stream(block.text.out, block.image.out, self.buffer(layout, width), attended, layout)
 
-    def feed_forward(self, block: DoubleBlock, x: Tensor, layout: Layout) -> Tensor:
+    def feed_forward(self, block: DoubleBlock, x: Activation, _: Tensor, layout: Layout) -> Tensor:
         """[rows, D] → [rows, D]: each stream through its own MLP."""
-        hidden = x.new_empty(layout.rows, MLP_RATIO * self.geometry.width)
-        each_stream(block.text.up, block.image.up, hidden, x, layout)
-        self.ops.gelu_(hidden)
-        return each_stream(block.text.down, block.image.down, torch.empty_like(x), hidden, layout)
+        width = self.geometry.width
+        hidden = each_stream(block.text.up, block.image.up, self.buffer(layout, MLP_RATIO * width), x, layout)
+        active = self.with_gelu(hidden, 0)
+        return each_stream(block.text.down, block.image.down, self.buffer(layout, width), active, layout)
 
-    def attend_and_feed_forward(self, block: SingleBlock, x: Tensor, rotary: Tensor, layout: Layout) -> Tensor:
+    def attend_and_feed_forward(self, block: SingleBlock, x: Activation, rotary: Tensor, layout: Layout) -> Tensor:
         """[rows, D] → [rows, D]. Attention's output takes the values' place, so that it lies beside the MLP's."""
         heads, size, width = self.geometry.heads, self.geometry.head_size, self.geometry.width
         buffer = block.qkv_up(x)
         self.ops.norm_rotate_(buffer, heads, block.norm, rotary, layout)
         buffer[:, 2 * width : 3 * width] = self.ops.attention(buffer, heads, size, layout)
-        self.ops.gelu_(buffer[:, 3 * width :])
-        return block.out(buffer[:, 2 * width :])
+        return block.out(self.with_gelu(buffer[:, 2 * width :], width))
 
-    def with_blocks(self, convert: Callable[[Linear], Linear]) -> FluxTransformer:
-        """The same with every matrix product of the blocks converted; all else is shared."""
+    def with_gelu(self, x: Tensor, first: int) -> Activation:
+        """The columns from `first` on through GELU, the others as they are; `x` may be written to."""
+        if self.fp8:
+            return self.ops.gelu_quantised(x, first)
+        self.ops.gelu_(x[:, first:])
+        return x
+
+    def buffer(self, layout: Layout, columns: int) -> Tensor:
+        return torch.empty(layout.rows, columns, dtype=self.dtype, device=self.device)
+
+    def with_blocks(self, convert: Callable[[Linear], Linear], fp8: bool) -> FluxTransformer:
+        """The same with every matrix product of the blocks converted; all else is shared.
+
+        Args:
+            fp8: whether the products take fp8 rows.
+        """
 
         def stream(s: Stream) -> Stream:
             return Stream(convert(s.qkv), convert(s.out), convert(s.up), convert(s.down))
@@ -230,6 +256,7 @@ class FluxTransformer:
         twin = copy.copy(self)
         twin.doubles = [DoubleBlock(stream(b.text), stream(b.image), b.norm) for b in self.doubles]
         twin.singles = [SingleBlock(convert(b.qkv_up), b.norm, convert(b.out)) for b in self.singles]
+        twin.fp8 = fp8
         twin.run = recorded(twin)
         return twin
 
@@ -252,10 +279,10 @@ def recorded(transformer: FluxTransformer) -> Callable[..., Tensor]:
     return Graphs(transformer.forward) if transformer.device.type == "cuda" else transformer.forward
 
 
-def each_stream(text: Linear, image: Linear, out: Tensor, x: Tensor, layout: Layout) -> Tensor:
+def each_stream(text: Linear, image: Linear, out: Tensor, x: Activation, layout: Layout) -> Tensor:
     """The text's rows through one layer, the image's through another, into one buffer; returns that."""
-    text.into(out[: layout.text_rows], x[: layout.text_rows])
-    image.into(out[layout.text_rows :], x[layout.text_rows :])
+    for linear, rows in ((text, slice(0, layout.text_rows)), (image, slice(layout.text_rows, None))):
+        linear.into(out[rows], part(x, rows))
     return out
 
 
