@@ -143,7 +143,8 @@ def run_generate(options: argparse.Namespace) -> int:
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from flux_local.engine import begin, pick_device
+    from flux_local.engine import begin
+    from flux_local.engine_process import pick_device
     from flux_local.model.loader import load
     from flux_local.plan import precision_of
 

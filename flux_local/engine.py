@@ -6,38 +6,26 @@ socket and one shared page, and gone as soon as the other end closes. Knows noth
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import ctypes
 import logging
-import os
-import signal
-import socket
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from flux_local import weights
 from flux_local.errors import (
     DeadlineExceeded,
     FluxError,
     GenerationInvalid,
     InternalError,
-    StartError,
     answer_for,
 )
 from flux_local.faults import Faults
-from flux_local.messages import Cancel, Done, EngineChannel, Failed, Job, Partial, Ready, StartFailed, Step
-from flux_local.params import ModelInfo
+from flux_local.messages import Cancel, Done, EngineChannel, Failed, Job, Partial, Step
 from flux_local.pulse import Phase, Pulse
 from flux_local.scheduler import Entry, Scheduler
-from flux_local.sizes import canvas_for, table_size
 from flux_local.steps import advances, partial_steps
 
 if TYPE_CHECKING:
@@ -75,6 +63,8 @@ class Work:
     denoised: float = 0.0
     reported: float = 0.0
     retried: bool = False
+    careful: bool = False
+    """Drawn with the plain forms of all operations, because the picture was not finite with the fast ones."""
 
 
 class Engine:
@@ -199,7 +189,7 @@ class Engine:
         started = time.monotonic()
         try:
             self.faults.before_step([work.job.prompt for work in batch], pictures)
-            self.pipeline.denoiser_for(batch[0].job.go_fast).advance(pictures)
+            self.pipeline.denoiser_for(batch[0].job.go_fast, batch[0].careful).advance(pictures)
         except Exception as error:  # the boundary of a request: whatever the model raises costs its batch only
             self.step_failed(batch, error)
             return
@@ -270,12 +260,12 @@ class Engine:
             self.fail(work, InternalError(f"Decoding failed ({type(error).__name__}). Try again."))
 
     def decode_failed(self, work: Work) -> None:
-        """A picture that is not finite is drawn once more, alone, before it is given up."""
-        if work.retried:
+        """A picture that is not finite is drawn once more, alone and by plain operations, before it is given up."""
+        if work.careful:
             self.fail(work, GenerationInvalid("The model produced no valid picture for this request."))
             return
         log.warning("a picture was not finite; drawing it again")
-        work.retried, work.picture = True, None
+        work.careful, work.picture = True, None
         self.schedule(msgspec.structs.replace(work.job, alone=True), work.arrived)
 
     def deliver(self, work: Work, pixels: bytes) -> None:
@@ -308,92 +298,3 @@ def begin(pipeline: Pipeline, job: Job, encode: Callable[[str], PromptEmbedding]
         computed=job.computed,
         negative=None if job.negative_prompt is None else encode(job.negative_prompt),
     )  # fmt: skip
-
-
-def warm_up(pipeline: Pipeline, info: ModelInfo) -> float:
-    """Draws the picture that a first request would ask for, in two steps, and proves the batches of its canvas;
-    returns the seconds of the second step."""
-    width, height = canvas_for(table_size("1:1", "1K"), info.canvas)
-    prompt = pipeline.text.encode("warm-up")
-    picture = pipeline.begin(prompt, width, height, seed=0, steps=2, guidance=1.0)
-    pipeline.denoiser.advance([picture])
-    started = time.monotonic()
-    pipeline.denoiser.advance([picture])
-    seconds = time.monotonic() - started
-    pipeline.vae.decode(picture.latents, width, height)
-    rows = 2
-    while rows <= BATCH_ROWS and rows * width * height // 256 <= FULL_AT_TOKENS:
-        pipeline.denoiser.independent(width, height, rows, prompt)
-        rows *= 2
-    return seconds
-
-
-def pick_device(asked: str) -> str:
-    """`auto` is the first GPU, or the CPU.
-
-    Raises:
-        StartError: a device that torch does not see.
-    """
-    import torch
-
-    if asked == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise StartError(f"Device '{asked}' asked for, but torch sees no GPU. Use --devices cpu, or mend the driver.")
-    return asked
-
-
-def serve(channel: EngineChannel, pulse: Pulse, folder: Path, device: str, precisions: str, reference: bool) -> None:
-    """Loads, warms up, says so, and draws until the other end closes."""
-    try:
-        started = time.monotonic()
-        from flux_local.model.loader import load
-
-        device = pick_device(device)
-        pipeline = load(folder, device, precisions, reference)
-        loaded = time.monotonic()
-        info = weights.info(folder)
-        step_seconds = warm_up(pipeline, info)
-    except StartError as error:
-        channel.send(StartFailed(error.message, error.exit_code))
-        raise
-    now = time.monotonic()
-    width, height = canvas_for(table_size("1:1", "1K"), info.canvas)
-    per_token = step_seconds / (width * height // 256)
-    pulse.enter(Phase.IDLE)
-    channel.send(Ready(device, pipeline.precisions, loaded - started, now - loaded, step_seconds, per_token))
-    Engine(pipeline, channel, pulse, per_token).run()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="flux-local-engine")
-    parser.add_argument("--fd", type=int, required=True, help="the socket to the server")
-    parser.add_argument("--pulse", type=int, required=True, help="the shared page")
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precisions", default="both")
-    parser.add_argument("--reference", action="store_true")
-    options = parser.parse_args()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    # The server decides when its engine ends; a Ctrl-C in the terminal reaches both.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    channel = EngineChannel(socket.socket(fileno=options.fd))
-    try:
-        serve(channel, Pulse(options.pulse), options.model, options.device, options.precisions, options.reference)
-    except EOFError:
-        return 0
-    except StartError as error:
-        return error.exit_code
-    return 0
-
-
-def end_with_parent() -> None:
-    """Has the kernel end this process when the server's ends, even in the middle of a step."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

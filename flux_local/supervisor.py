@@ -180,7 +180,7 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         self._hung = False
         self._pulse = Pulse()
-        command = [sys.executable, "-m", "flux_local.engine", "--fd", str(theirs.fileno()),
+        command = [sys.executable, "-m", "flux_local.engine_process", "--fd", str(theirs.fileno()),
                    "--pulse", str(self._pulse.descriptor), "--model", str(self.folder),
                    "--device", self.device, *self.options]  # fmt: skip
         self.process = subprocess.Popen(

@@ -62,7 +62,7 @@ def options() -> argparse.Namespace:
 def bare(o: argparse.Namespace) -> Callable[[int], None]:
     """One picture from prompt to PNG bytes without a server, through the functions that the server uses."""
     from flux_local import images, params, weights
-    from flux_local.engine import pick_device
+    from flux_local.engine_process import pick_device
     from flux_local.model.loader import load
 
     folder = weights.find(o.model)

@@ -50,7 +50,7 @@ class Server:
         found = []
         for child in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
-                if "flux_local.engine" in child.cmdline():
+                if "flux_local.engine_process" in child.cmdline():
                     found.append(child)
         return found
 

@@ -176,6 +176,7 @@ def test_a_request_that_crashes_engines_takes_no_other_with_it(tmp_path: Path) -
         assert server.engine().pid == engine, "it is refused without costing another engine"
 
 
+@pytest.mark.slow
 def test_a_hang_is_no_end(tmp_path: Path) -> None:
     with faulty(tmp_path, "hang prompt=sleep step=1", "--engine-timeout", "2") as server:
         both = all_at_once(server, [{**PICTURE, "prompt": "sleep"}, {**PICTURE, "seed": 3}])
@@ -203,6 +204,7 @@ def test_a_picture_that_is_not_finite_is_drawn_again_once(tmp_path: Path) -> Non
         assert server.post(PICTURE).status_code == 200
 
 
+@pytest.mark.slow
 def test_an_engine_that_keeps_falling_ends_the_server_with_70(tmp_path: Path) -> None:
     with running(tmp_path, "--engine-falls", "2") as server:
         server.engine().kill()

@@ -131,6 +131,7 @@ class TestCalibration:
             assert sum(found) == count
             assert cost(found) == pytest.approx(min(map(cost, masks)), abs=1e-5)
 
+    @pytest.mark.slow
     def test_the_script_writes_masks_that_the_server_reads(self, tmp_path: Path) -> None:
         for source in MODEL.iterdir():
             (tmp_path / source.name).symlink_to(source)

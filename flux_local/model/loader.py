@@ -46,8 +46,12 @@ class Pipeline:
             return (dtype,)
         return ("fp8",) if self.fast is self.denoiser else (dtype, "fp8")
 
-    def denoiser_for(self, go_fast: bool) -> Denoiser:
-        return self.fast if go_fast and self.fast is not None else self.denoiser
+    def denoiser_for(self, go_fast: bool, careful: bool = False) -> Denoiser:
+        """The one of a precision; `careful` with plain operations instead of kernels and graphs."""
+        denoiser = self.fast if go_fast and self.fast is not None else self.denoiser
+        if careful and isinstance(denoiser.transformer, FluxTransformer):
+            return Denoiser(denoiser.transformer.with_plain_operations())
+        return denoiser
 
     def prompt_cache(self) -> PromptCache:
         return PromptCache(self.text.encode, PROMPT_CACHE_BYTES)

@@ -260,6 +260,12 @@ class FluxTransformer:
         twin.run = recorded(twin)
         return twin
 
+    def with_plain_operations(self) -> FluxTransformer:
+        """The same without kernels and graphs."""
+        twin = copy.copy(self)
+        twin.ops, twin.run = Ops(), twin.forward
+        return twin
+
     def rotary(self, width: int, height: int, text: int) -> Tensor:
         """[text + tokens, head size / 2, 2] fp32 of a canvas: cosine and sine, kept from the first time."""
         key = (width, height, text)

@@ -1,0 +1,119 @@
+"""The engine as a program: loads the model, warms it up, says so, and draws until the other end of its socket closes.
+
+Started by `supervisor`, never by hand. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flux_local import weights
+from flux_local.engine import BATCH_ROWS, FULL_AT_TOKENS, Engine
+from flux_local.errors import StartError
+from flux_local.messages import EngineChannel, Ready, StartFailed
+from flux_local.params import ModelInfo
+from flux_local.pulse import Phase, Pulse
+from flux_local.sizes import canvas_for, table_size
+
+if TYPE_CHECKING:
+    from flux_local.model.loader import Pipeline
+
+
+def warm_up(pipeline: Pipeline, info: ModelInfo) -> float:
+    """Draws the picture that a first request would ask for, in two steps, and proves the batches of its canvas in each
+    precision; returns the seconds of the second step."""
+    width, height = canvas_for(table_size("1:1", "1K"), info.canvas)
+    prompt = pipeline.text.encode("warm-up")
+    picture = pipeline.begin(prompt, width, height, seed=0, steps=2, guidance=1.0)
+    pipeline.denoiser.advance([picture])
+    started = time.monotonic()
+    pipeline.denoiser.advance([picture])
+    seconds = time.monotonic() - started
+    pipeline.vae.decode(picture.latents, width, height)
+    rows = 2
+    while rows <= BATCH_ROWS and rows * width * height // 256 <= FULL_AT_TOKENS:
+        for denoiser in {pipeline.denoiser, pipeline.denoiser_for(True)}:
+            denoiser.independent(width, height, rows, prompt)
+        rows *= 2
+    return seconds
+
+
+def pick_device(asked: str) -> str:
+    """`auto` is the first GPU, or the CPU.
+
+    Raises:
+        StartError: a device that torch does not see.
+    """
+    import torch
+
+    if asked == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise StartError(f"Device '{asked}' asked for, but torch sees no GPU. Use --devices cpu, or mend the driver.")
+    return asked
+
+
+def serve(channel: EngineChannel, pulse: Pulse, folder: Path, device: str, precisions: str, reference: bool) -> None:
+    """Loads, warms up, says so, and draws until the other end closes."""
+    try:
+        started = time.monotonic()
+        from flux_local.model.loader import load
+
+        device = pick_device(device)
+        pipeline = load(folder, device, precisions, reference)
+        loaded = time.monotonic()
+        info = weights.info(folder)
+        step_seconds = warm_up(pipeline, info)
+    except StartError as error:
+        channel.send(StartFailed(error.message, error.exit_code))
+        raise
+    now = time.monotonic()
+    width, height = canvas_for(table_size("1:1", "1K"), info.canvas)
+    per_token = step_seconds / (width * height // 256)
+    pulse.enter(Phase.IDLE)
+    channel.send(Ready(device, pipeline.precisions, loaded - started, now - loaded, step_seconds, per_token))
+    Engine(pipeline, channel, pulse, per_token).run()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="flux-local-engine")
+    parser.add_argument("--fd", type=int, required=True, help="the socket to the server")
+    parser.add_argument("--pulse", type=int, required=True, help="the shared page")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precisions", default="both")
+    parser.add_argument("--reference", action="store_true")
+    options = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # The server decides when its engine ends; a Ctrl-C in the terminal reaches both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    channel = EngineChannel(socket.socket(fileno=options.fd))
+    try:
+        serve(channel, Pulse(options.pulse), options.model, options.device, options.precisions, options.reference)
+    except EOFError:
+        return 0
+    except StartError as error:
+        return error.exit_code
+    return 0
+
+
+def end_with_parent() -> None:
+    """Has the kernel end this process when the server's ends, even in the middle of a step."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
