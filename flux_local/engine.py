@@ -210,9 +210,14 @@ class Engine:
                 self.decode(work, work.picture.estimate(), work.partial_steps.index(step))
 
     def step_failed(self, batch: list[Work], error: Exception) -> None:
-        """Out of memory, a batch is tried again in smaller ones, and a picture alone once more; else its jobs fail."""
+        """Out of memory, a batch is tried again in smaller ones, and a picture alone once more; else its jobs fail.
+
+        A device that is lost ends the process: its supervisor starts another and places the work anew.
+        """
         from flux_local.model import memory
 
+        if memory.is_fatal(error):
+            raise error
         if not memory.is_exhausted(error):
             log.error("a step of %d pictures failed", len(batch), exc_info=error)
             for work in batch:

@@ -36,8 +36,10 @@ def warm_up(pipeline: Pipeline, info: ModelInfo) -> float:
     prompt = pipeline.text.encode("warm-up")
     picture = pipeline.begin(prompt, width, height, seed=0, steps=2, guidance=1.0)
     pipeline.denoiser.advance([picture])
+    pipeline.denoiser.finish()
     started = time.monotonic()
     pipeline.denoiser.advance([picture])
+    pipeline.denoiser.finish()
     seconds = time.monotonic() - started
     pipeline.vae.decode(picture.latents, width, height)
     rows = 2

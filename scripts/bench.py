@@ -32,11 +32,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from flux_local.model.denoiser import Denoiser, Picture
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -81,6 +84,34 @@ def bare(o: argparse.Namespace) -> Callable[[int], None]:
         images.encode(images.delivered(pixels, checked.canvas, checked.delivered), checked, text)
 
     return draw
+
+
+def step_seconds(o: argparse.Namespace, times: int = 40) -> dict[str, float]:
+    """A denoising step of one picture through our transformer and through diffusers' own, in turns: the medians."""
+    from flux_local import params, weights
+    from flux_local.engine_process import pick_device
+    from flux_local.model.loader import load
+
+    folder = weights.find(o.model)
+    canvas = params.generation_params({"prompt": PROMPT, "size": o.size}, weights.info(folder)).canvas
+    taken: dict[str, list[float]] = {"flux-local": [], "diffusers": []}
+    drawing = []
+    for name in taken:
+        pipeline = load(folder, pick_device(o.device), "full", reference=name == "diffusers")
+        prompt = pipeline.text.encode(PROMPT)
+        picture = pipeline.begin(prompt, *canvas, seed=0, steps=times + 3, guidance=4.5)
+        drawing.append((taken[name], partial(one_step, pipeline.denoiser, picture)))
+    for i in range(times + 3):
+        for seconds, advance in drawing:
+            took = timed(advance)
+            if i >= 3:
+                seconds.append(took)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def one_step(denoiser: Denoiser, picture: Picture) -> None:
+    denoiser.advance([picture])
+    denoiser.finish()
 
 
 def prompt_of(seed: int) -> str:
@@ -297,6 +328,9 @@ def main() -> None:
             url = o.url.rstrip("/").removesuffix("/v1")
         else:
             draw = bare(o)
+            result["step_s"] = step_seconds(o)
+            steps = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in result["step_s"].items())
+            console.print(f"a step of one picture, in turns: {steps}")
             url, result["start_to_ready_s"] = stack.enter_context(own_server(o))
             result |= added(o, draw, url)
             console.print(f"bare pipeline, prompt to PNG in one process: {1e3 * result['bare_pipeline_s']:.1f} ms")

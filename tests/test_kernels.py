@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 from flux_local.model import selfcheck
 from flux_local.model.ops import Layout, Ops, Site, Vectors
 from flux_local.model.selfcheck import FP8_TOLERANCE, TRIALS, Data, Sizes
+from tests.servers import ROOT, environment
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -119,3 +124,16 @@ class TestSelfCheck:
         assert ops.group_norm_silu is Ops().group_norm_silu
         assert ops.norm_rotate_ is kernels["norm_rotate_"]
         assert "no such instruction" in caplog.text
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton brings its assembler for x86-64")
+def test_they_compile_for_gpus_without_spilling() -> None:
+    """With Triton's own compiler, which needs no GPU: for Ada and Hopper, at FLUX.1's sizes."""
+    kept = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+    script = ROOT / "scripts" / "compile_kernels.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=kept)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 20
+    assert {f["capability"] for f in found} == {89, 90}
+    assert max(f["registers"] for f in found) <= 64

@@ -105,6 +105,7 @@ class Denoiser:
         self.transformer = transformer
         self.dtype, self.device = transformer.dtype, transformer.device
         self._independent: dict[tuple[int, int, int], bool] = {}
+        self._under_way: torch.cuda.Event | None = None
 
     @torch.inference_mode()
     def velocity(self, pictures: Sequence[Picture]) -> Tensor:
@@ -141,12 +142,26 @@ class Denoiser:
         Args:
             pictures: of one canvas and one prompt length, each with steps left.
         """
+        self.keep_pace()
         for picture, velocity in zip(pictures, self.velocity(pictures).split(1), strict=True):
             if picture.computed:
                 picture.latest = (*picture.latest, (picture.sigmas[picture.step], velocity))[-2:]
             self.move(picture, velocity)
             while picture.extrapolates:
                 self.move(picture, picture.extrapolated())
+
+    def finish(self) -> None:
+        """Waits for the device, where steps run behind the host; for whoever takes the time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def keep_pace(self) -> None:
+        """Lets a GPU be no more than one step behind: busy all the time, yet a cancelled picture costs one step."""
+        if self.device.type == "cuda":
+            if self._under_way is not None:
+                self._under_way.synchronize()
+            self._under_way = torch.cuda.Event()
+            self._under_way.record()
 
     def move(self, picture: Picture, velocity: Tensor) -> None:
         """An Euler step: x(σ') = x(σ) + (σ' − σ)·v, in fp32, kept in the model's dtype."""

@@ -1,4 +1,4 @@
-"""The device's memory: when it is exhausted, and how to get some back. Knows nothing of pictures or models."""
+"""The device's state: whether its memory is exhausted or itself lost, and how to get memory back. Knows no models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import torch
 def is_exhausted(error: BaseException) -> bool:
     """Whether an error means that there was no memory left for what was tried."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether the device is lost to this process: after such an error every further call fails too."""
+    return isinstance(error, torch.AcceleratorError)
 
 
 def free() -> None:
