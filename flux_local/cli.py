@@ -137,6 +137,7 @@ def run_generate(options: argparse.Namespace) -> int:
 
     settings = settings_from(options)
     folder = weights.find(settings.model)
+    weights.verify(folder)
     model = weights.info(folder)
     output = Path(options.output)
     plan = plan_of(options, output, model, settings)

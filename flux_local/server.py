@@ -44,6 +44,7 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         EngineDead: the engine cannot be brought back.
     """
     folder = weights.find(settings.model)
+    weights.verify(folder)
     model = weights.info(folder)
     store = Store(Path(settings.data_dir).expanduser(), settings.url_lifetime)
     listener = bind(settings.host, settings.port)
