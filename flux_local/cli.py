@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import time
@@ -54,6 +55,11 @@ def parser() -> argparse.ArgumentParser:
         if parameter.name not in ONLY_SERVED:
             add_parameter(generate, parameter)
 
+    doctor = commands.add_parser("doctor", help="check everything that a start depends on")
+    doctor.set_defaults(run=run_doctor)
+    doctor.add_argument("--json", action="store_true", help="as one JSON document")
+    add_settings(doctor)
+
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=run_version)
     return root
@@ -100,6 +106,22 @@ def settings_from(options: argparse.Namespace) -> config.Settings:
 def run_version(_: argparse.Namespace) -> int:
     print(f"flux-local {flux_local.__version__}")
     return 0
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    settings = settings_from(options)
+    from dataclasses import asdict
+
+    from flux_local.doctor import examine
+
+    found = []
+    for verdict in examine(settings):
+        found.append(verdict)
+        if not options.json:
+            print(f"{verdict.verdict:5} {verdict.name:18} {verdict.text}", flush=True)
+    if options.json:
+        print(json.dumps([asdict(verdict) for verdict in found], indent=2))
+    return 1 if any(verdict.verdict == "bad" for verdict in found) else 0
 
 
 def run_serve(options: argparse.Namespace) -> int:

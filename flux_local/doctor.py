@@ -1,0 +1,83 @@
+"""`flux-local doctor`: everything that a start depends on, each with a verdict and what mends it.
+
+Makes the data directory if it is not there, and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flux_local import weights
+from flux_local.config import Settings
+from flux_local.errors import FluxError
+
+ROOM = 1 << 30
+"""Bytes that the data directory's disk should have free."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`good`, `slow` (it works, but not as fast as it could) or `bad` (a server would not start)."""
+
+    name: str
+    verdict: str
+    text: str
+
+
+def examine(settings: Settings) -> Iterator[Verdict]:
+    """All verdicts, as they are found."""
+    yield check("weights", lambda: of_weights(settings))
+    yield check("data directory", lambda: of_data(settings))
+    yield check("address", lambda: of_address(settings))
+    for name in settings.device_list():
+        yield from of_device(name)
+
+
+def check(name: str, look: Callable[[], str]) -> Verdict:
+    """Good with what was seen, or bad with the error, which says what to do next."""
+    try:
+        return Verdict(name, "good", look())
+    except FluxError as error:
+        return Verdict(name, "bad", error.message)
+
+
+def of_weights(settings: Settings) -> str:
+    folder = weights.find(settings.model)
+    weights.verify(folder)
+    size = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+    return f"{weights.info(folder).name}, {size / 1e9:.2f} GB in {folder}"
+
+
+def of_data(settings: Settings) -> str:
+    from flux_local.store import Store
+
+    folder = Path(settings.data_dir).expanduser()
+    Store(folder, settings.url_lifetime).close()
+    free = shutil.disk_usage(folder).free
+    low = "; that is little: free some, or lower --url-lifetime" if free < ROOM else ""
+    return f"{folder}, {free / 1e9:.1f} GB free{low}"
+
+
+def of_address(settings: Settings) -> str:
+    from flux_local.server import bind
+
+    bind(settings.host, settings.port).close()
+    return f"{settings.host} port {settings.port} is free"
+
+
+def of_device(asked: str) -> Iterator[Verdict]:
+    from flux_local.engine_process import pick_device
+    from flux_local.model import device
+
+    try:
+        name = pick_device(asked)
+        yield Verdict(f"device {asked}", "good", device.describe(name))
+    except FluxError as error:
+        yield Verdict(f"device {asked}", "bad", error.message)
+        return
+    for finding in device.findings(name):
+        text = f"relative error {finding.error:.1e}" if finding.good else f"not used: {finding.reason}"
+        yield Verdict(finding.name, "good" if finding.good else "slow", text)

@@ -1,0 +1,46 @@
+"""What there is to draw on, and what of the fast paths is right there. For `flux-local doctor`."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+
+import torch
+
+from flux_local.errors import StartError
+from flux_local.model.fp8 import ADA
+from flux_local.model.ops import Layout
+from flux_local.model.selfcheck import Finding, Sizes, accelerated
+
+FLUX_SIZES = Sizes(24, 128, Layout(1, 512, 1024))
+
+
+def describe(device: str) -> str:
+    """A line about the device.
+
+    Raises:
+        StartError: torch cannot compute on it.
+    """
+    if device == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads; torch {torch.__version__}"
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+        capability = torch.cuda.get_device_capability(device)
+        torch.ones(8, device=device).sum().item()
+    except (RuntimeError, AssertionError) as error:
+        raise StartError(f"torch cannot use {device}: {error}. Use --devices cpu, or mend the driver.") from error
+    fp8 = "fp8 products" if capability >= ADA else "fp8 emulated"
+    name, memory = torch.cuda.get_device_name(device), f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    return f"{name}, {memory}, {fp8}; driver {driver()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+
+
+def driver() -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    return "unknown"
+
+
+def findings(device: str) -> list[Finding]:
+    """What was found of each kernel and of attention, at FLUX.1's sizes; nothing on a CPU, which has plain torch."""
+    return [] if device == "cpu" else accelerated(FLUX_SIZES, device, torch.bfloat16)[1]
