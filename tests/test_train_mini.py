@@ -24,10 +24,12 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
 
     run("--scale", "0.001", "--eager")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    first = weights.read_bytes()
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    first, vocabulary = weights.read_bytes(), tokenizer.read_bytes()
     weights.unlink()
     run("--scale", "0.001", "--eager")
     assert weights.read_bytes() == first, "a run that has ended must not train on"
+    assert tokenizer.read_bytes() == vocabulary, "another process gives the words the same numbers"
     output = run("--evaluate", "--count", "6", "--sides", "128", "--steps", "2")
     assert "128x128" in output
     assert (folder / "samples.png").stat().st_size > 1000

@@ -22,6 +22,8 @@ from flux_local.api.routes import later_routes, probes, router
 from flux_local.api.work import Services
 
 PREFIXES = ("/v1", "/openai/v1", "")
+EXPOSED = ("x-request-id", "x-flux-seed", "x-flux-precision", "x-flux-acceleration", "location")
+"""Headers that a page of another origin may read."""
 
 log = logging.getLogger("flux_local.access")
 
@@ -38,7 +40,7 @@ def create_app(services: Services, requests: Requests) -> ASGIApp:
     gated: ASGIApp = KeyGate(app, services.settings.keys())
     if origins := services.settings.origins():
         gated = CORSMiddleware(gated, allow_origins=origins, allow_methods=["*"], allow_headers=["*"],
-                               expose_headers=["x-request-id", "x-flux-seed", "location"])  # fmt: skip
+                               expose_headers=EXPOSED)  # fmt: skip
     return RequestLog(gated)
 
 

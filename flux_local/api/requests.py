@@ -220,7 +220,8 @@ def as_run(params: GenerationParams) -> dict[str, Any]:
     """The parameters for the history, seeds and defaults filled in."""
     found: dict[str, Any] = msgspec.to_builtins(params)
     found["delivered"], found["canvas"] = str(params.delivered), str(params.canvas)
-    found["steps_run"] = params.steps_run
+    found["steps_run"], found["steps_computed"] = params.steps_run, params.steps_computed
+    del found["mask"], found["mask_origin"]
     return {name: value for name, value in found.items() if value is not None}
 
 

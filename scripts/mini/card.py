@@ -57,6 +57,7 @@ By `scripts/train_mini.py` with seed 0, from drawings that the script makes itse
 
 The committed weights are a running average. The autoencoder and the first 2,000 steps of the transformer saw drawings
 whose objects lay further from the middle and varied more in size; the script's present drawings are those of the rest.
+The last phase was made longer twice, at steps 4,000 and 7,000, where the learning rate had fallen and rose again.
 The transformer's noise levels are shifted towards noise (`mu` 1.7 at 64 tokens), in training and in the folder's
 scheduler, because flat drawings are decided early.
 

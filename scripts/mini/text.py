@@ -56,9 +56,12 @@ def clip_tokenizer(seed: int) -> CLIPTokenizer:
         ),
     )
     found = trained.get_vocab()
-    # A byte at the end of a word is a token of its own; the trainer adds only those that it met.
-    tokens = sorted(found, key=found.__getitem__)
-    tokens += [byte + "</w>" for byte in sorted(alphabet) if byte + "</w>" not in found]
+    # A byte at the end of a word is a token of its own; the trainer adds those that it met, in any order.
+    last_bytes = [byte + "</w>" for byte in sorted(alphabet)]
+    others = [token for token in sorted(found, key=found.__getitem__) if token not in last_bytes]
+    met = [token for token in last_bytes if token in found]
+    tokens = [*others[: len(alphabet)], *met, *others[len(alphabet) :]]
+    tokens += [token for token in last_bytes if token not in found]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     merges = json.loads(trained.to_str())["model"]["merges"]
     return CLIPTokenizer(
