@@ -178,7 +178,7 @@ def object_of(route: Route) -> dict[str, Any]:
     }
 
 
-def without_null(schema: dict[str, Any]) -> dict[str, Any]:
+def for_form(schema: dict[str, Any]) -> dict[str, Any]:
     """For a form, whose fields are there or not."""
     for found in schema["properties"].values():
         if isinstance(found["type"], list):
@@ -204,7 +204,7 @@ def image_body(route: Route) -> dict[str, Any]:
                 "description": "A data URL with base64.",
             }
     content = {
-        "multipart/form-data": {"schema": without_null(object_of(route))},
+        "multipart/form-data": {"schema": for_form(object_of(route))},
         "application/json": {"schema": in_json},
     }
     return {"requestBody": {"required": True, "content": content}}

@@ -24,7 +24,7 @@ from flux_local.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
-from flux_local.params import from_form
+from flux_local.params import BY_NAME, from_form
 from flux_local.plan import Source
 
 BODY_LIMIT = 64_000_000
@@ -92,7 +92,7 @@ async def from_multipart(request: Request) -> tuple[dict[str, Any], list[bytes],
                 elif plain in files and value:
                     files[plain].append(data_url(value, plain))
                 elif plain not in files:
-                    if plain in fields and fields[plain] != value:
+                    if plain in BY_NAME and fields.get(plain, value) != value:
                         raise InvalidValue(f"'{plain}' appears twice with different values.", param=plain)
                     fields[plain] = value
     except (MultiPartException, MultipartParseError) as error:
