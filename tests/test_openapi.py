@@ -40,7 +40,8 @@ def test_schemathesis_finds_nothing(server: Server, tmp_path: Path, options: lis
     for forms bad input refused."""
     done = subprocess.run(
         [Path(sys.executable).with_name("schemathesis"), "run", f"{server.url}/openapi.json", "--checks", "all",
-         "--max-examples", "10", "--seed", "1", "--no-color", "--request-timeout", "120", *options],
+         "--max-examples", "10", "--seed", "1", "--no-color", "--request-timeout", "120", "--max-response-time", "100",
+         *options],
         capture_output=True, text=True, cwd=tmp_path,
         env=environment(SCHEMATHESIS_HOOKS="tests.schemathesis_hooks", PYTHONPATH=str(ROOT)),
     )  # fmt: skip
