@@ -77,7 +77,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return ["--precisions", self.precisions, *(["--reference"] if self.reference else [])]
 
     def fast_by_default(self) -> bool:
-        return self.precisions == "fp8" or (self.go_fast and self.precisions == "both")
+        """What `go_fast` is where a request does not say; never what is not loaded."""
+        if self.reference or self.precisions == "full":
+            return False
+        return self.precisions == "fp8" or self.go_fast
 
     def origins(self) -> list[str]:
         """The origins that browsers may call from.

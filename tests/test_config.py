@@ -71,3 +71,12 @@ def test_every_setting_but_a_secret_has_a_flag(capsys: pytest.CaptureFixture[str
     for setting in config.describe():
         assert (setting.flag + " " in help_text) != setting.secret
         assert setting.secret or setting.variable in help_text
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [({}, False), ({"go_fast": "true"}, True), ({"precisions": "fp8"}, True),
+     ({"go_fast": "true", "precisions": "full"}, False), ({"go_fast": "true", "reference": "true"}, False)],
+)  # fmt: skip
+def test_the_default_precision_is_one_that_is_loaded(flags: dict[str, str], fast: bool) -> None:
+    assert config.load(flags, {}).fast_by_default() is fast

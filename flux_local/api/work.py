@@ -83,6 +83,7 @@ class Work:
             ) from None
 
     async def _run(self, on_event: OnEvent | None, on_picture: OnPicture | None) -> dict[str, Any]:
+        self.services.precision(self.params)  # another process may have accepted it, with other precisions loaded
         started = time.monotonic()
         deadline = started + self.seconds
         if self.plan.source is not None:

@@ -3,7 +3,7 @@
 Both scales come from the numbers themselves, so that nothing is calibrated and the same request gives the same bytes
 after a restart; a row's scale depends on that row alone, so that company changes nothing. Embedders, modulation and the
 last layer stay as they are: they are few operations, and errors there reach every pixel. Where the device has no fp8
-product the same rounding is emulated in the model's own precision: slower than nothing, but the same kind of picture.
+product the same rounding is emulated in the model's own precision: slower, but the same kind of picture.
 """
 
 from __future__ import annotations
