@@ -1,6 +1,6 @@
 """The engine process: owns one device, the model on it, and the only thread that touches either.
 
-A turn is: read messages, decode a layer, take a step. Started by `supervisor` as its own program with one inherited
+A turn is: read messages, decode for a while, take a step. Started by `supervisor` as its own program with one inherited
 socket and one shared page, and gone as soon as the other end closes. Knows nothing of HTTP.
 """
 
@@ -43,6 +43,9 @@ REPORT_EVERY = 0.1
 """Seconds between two reports of a picture's progress. A small model's step takes a fifth of that, and every report
 wakes the server's process on the cores that the next step needs."""
 
+DECODE_SHARE = 0.7
+"""Part of the last step's time that decoding may take between two steps, its last layer's overrun aside."""
+
 Decoding = tuple[str, int | None]
 """A job, and which of its partial pictures; None for the finished one."""
 
@@ -81,6 +84,7 @@ class Engine:
         self.decoding: OrderedDict[Decoding, Generator[None, None, bytes]] = OrderedDict()
         self.prompts = pipeline.prompt_cache()
         self.seconds_per_token = seconds_per_token
+        self.step_seconds = 0.0
 
     def run(self) -> None:
         """Until the other end closes (`EOFError`)."""
@@ -114,7 +118,7 @@ class Engine:
         self.scheduler.remove(id)
 
     def turn(self) -> None:
-        """A layer of the picture that is being decoded, and a step of the next batch: neither waits for the other."""
+        """Some of a picture's decoding, and a step of the next batch: neither waits for all of the other."""
         self.expire(time.monotonic())
         if self.decoding:
             self.decode_some()
@@ -235,21 +239,26 @@ class Engine:
 
     def measure(self, batch: list[Work], seconds: float) -> None:
         """Keeps the price of a token's step up to date, for the scheduler's costs."""
+        self.step_seconds = seconds
         tokens = sum(work.job.tokens for work in batch)
         self.seconds_per_token += 0.1 * (seconds / tokens - self.seconds_per_token)
 
     def decode(self, work: Work, latents: Tensor, partial: int | None = None) -> None:
-        """Has latents decoded, after those that came before, a layer at a time between steps."""
+        """Has latents decoded, after those that came before, in parts between steps."""
         decoding = self.pipeline.vae.decoding(latents, work.job.width, work.job.height)
         self.decoding[work.job.id, partial] = decoding
 
     def decode_some(self) -> None:
-        """One layer more of the first; delivers the picture when that was the last."""
+        """Goes on with the first decoding for about the time of a step; delivers the picture when it is through."""
         id, partial = first = next(iter(self.decoding))
         work = self.work[id]
         self.pulse.enter(Phase.DECODE, (work.job.serial,))
+        until = time.monotonic() + DECODE_SHARE * self.step_seconds
         try:
-            next(self.decoding[first])
+            while True:
+                next(self.decoding[first])
+                if time.monotonic() >= until:
+                    return
         except StopIteration as end:
             del self.decoding[first]
             if partial is None:

@@ -7,11 +7,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flux_local.model.latents import VAE_SCALE, pack, unpack
 from flux_local.model.ops import Ops
 
 T = TypeVar("T")
+
+BAND = 100_000_000
+"""Multiplications of a convolution that a CPU does in one go, about two milliseconds of two cores: a layer with more
+is done in bands of rows, with a pause after each, so that a step of another picture never waits for a whole layer. On
+a GPU all layers together take less than a step."""
 
 
 class Autoencoder:
@@ -20,6 +26,7 @@ class Autoencoder:
     def __init__(self, vae: Any, ops: Ops | None = None) -> None:
         self.ops = ops or Ops()
         self.vae = vae.to(memory_format=torch.channels_last) if vae.device.type == "cuda" else vae
+        self.in_bands = vae.device.type == "cpu"
 
     @torch.inference_mode()
     def encode(self, pixels: bytes, width: int, height: int) -> Tensor:
@@ -40,8 +47,8 @@ class Autoencoder:
     def layers(self, latents: Tensor, width: int, height: int) -> Generator[None, None, Tensor]:
         """[1, tokens, 64] → [3, height, width] in 0 … 1, fp32, not clamped: returned at the end of a generator.
 
-        Yields between layers, so that whoever has more to do than this one picture can do it meanwhile. NaN where the
-        model failed.
+        Yields between layers and parts of layers, so that whoever has more to do than this one picture can do it
+        meanwhile. NaN where the model failed.
         """
         spatial = unpack(latents, width, height)
         spatial = spatial / self.vae.config.scaling_factor + self.vae.config.shift_factor
@@ -51,29 +58,56 @@ class Autoencoder:
         decoder = self.vae.decoder
         x = decoder.conv_in(x)
         middle = decoder.mid_block
-        x = self.residual(middle.resnets[0], x)
+        x = yield from self.residual(middle.resnets[0], x)
         for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
             if attention is not None:
                 x = attention(x)
-            x = self.residual(resnet, x)
+            x = yield from self.residual(resnet, x)
         for block in decoder.up_blocks:
             for resnet in block.resnets:
-                yield
-                x = self.residual(resnet, x)
+                x = yield from self.residual(resnet, x)
             for upsampler in block.upsamplers or ():
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
                 yield
-                x = upsampler(x)
+                x = yield from self.convolved(upsampler.conv, x)
+        x = self.norm_silu(decoder.conv_norm_out, x)
         yield
-        x = decoder.conv_out(self.norm_silu(decoder.conv_norm_out, x))
+        x = yield from self.convolved(decoder.conv_out, x)
         picture: Tensor = x[0].float() / 2 + 0.5
         return picture
 
-    def residual(self, block: Any, x: Tensor) -> Tensor:
+    def residual(self, block: Any, x: Tensor) -> Generator[None, None, Tensor]:
         """A block of two convolutions beside a shortcut: [1, C, h, w] → [1, C', h, w]."""
-        y = block.conv1(self.norm_silu(block.norm1, x))
-        y = block.conv2(self.norm_silu(block.norm2, y))
-        total: Tensor = (x if block.conv_shortcut is None else block.conv_shortcut(x)) + y
-        return total
+        y = self.norm_silu(block.norm1, x)
+        yield
+        y = yield from self.convolved(block.conv1, y)
+        y = self.norm_silu(block.norm2, y)
+        yield
+        y = yield from self.convolved(block.conv2, y)
+        if block.conv_shortcut is not None:
+            x = yield from self.convolved(block.conv_shortcut, x)
+        return x + y
+
+    def convolved(self, conv: Any, x: Tensor) -> Generator[None, None, Tensor]:
+        """A convolution that keeps height and width, whole or in bands of rows, with a pause after each.
+
+        How it is divided depends on the sizes alone, so that the bits never depend on what else is running.
+        """
+        height, width = x.shape[2:]
+        rows = max(1, BAND // (width * conv.weight.numel())) if self.in_bands else height
+        if rows >= height:
+            whole: Tensor = conv(x)
+            yield
+            return whole
+        out = x.new_empty(1, conv.out_channels, height, width)
+        halo, sides = conv.padding
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            above, below = max(0, halo - top), max(0, bottom + halo - height)
+            band = F.pad(x[:, :, top - halo + above : bottom + halo - below], (0, 0, above, below))
+            out[:, :, top:bottom] = F.conv2d(band, conv.weight, conv.bias, padding=(0, sides))
+            yield
+        return out
 
     def norm_silu(self, norm: Any, x: Tensor) -> Tensor:
         return self.ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
