@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from flux_local.api import bodies, schema, stream, uploads
+from flux_local.api.answers import JSON
 from flux_local.api.repeats import HEADER, Repeats, fingerprint_of
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services, Work, base_url
@@ -201,13 +202,13 @@ async def answer(request: Request, requests: Requests, route: Route, work: Work)
         entry = await requests.services.history.get(work.id, owner(request))
         location = f"{work.base_url}/v1/images/requests/{work.id}"
         headers = {"location": location, "preference-applied": "respond-async", **work.headers({"data": []})}
-        return JSONResponse(requests.view(entry), 202, headers)
+        return JSON(requests.view(entry), 202, headers)
     if work.params.stream:
         family = "image_generation" if route == "generations" else "image_edit"
         return await stream.response(requests, work, route, family)
     task = await requests.begin(work, route)
     body = await while_connected(request, task)
-    return JSONResponse(body, headers=work.headers(body))
+    return JSON(body, headers=work.headers(body))
 
 
 def model_object(services: Services, request: Request, name: str) -> dict[str, Any]:
