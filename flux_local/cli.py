@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import logging
 import sys
@@ -12,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import flux_local
 from flux_local import config, params
+from flux_local.download import REPOSITORY
 from flux_local.errors import FluxError, InvalidImage, MissingParameter, StartError
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from flux_local.plan import Plan, Source
 
 
@@ -55,8 +59,15 @@ def parser() -> argparse.ArgumentParser:
         if parameter.name not in ONLY_SERVED:
             add_parameter(generate, parameter)
 
+    download = commands.add_parser("download", help="get the real model from the hub, whole and checked")
+    download.set_defaults(run=run_download)
+    download.add_argument("repository", nargs="?", default=REPOSITORY, help=f"default: {REPOSITORY}")
+    download.add_argument("--to", metavar="FOLDER", help="default: weights/ and the model's name")
+    download.add_argument("--revision", help="a branch, tag or commit of it (default: its newest)")
+
     doctor = commands.add_parser("doctor", help="check everything that a start depends on")
     doctor.set_defaults(run=run_doctor)
+    doctor.add_argument("--verify", action="store_true", help="read all weights and compare their hashes")
     doctor.add_argument("--json", action="store_true", help="as one JSON document")
     add_settings(doctor)
 
@@ -115,13 +126,48 @@ def run_doctor(options: argparse.Namespace) -> int:
     from flux_local.doctor import examine
 
     found = []
-    for verdict in examine(settings):
+    for verdict in examine(settings, options.verify):
         found.append(verdict)
         if not options.json:
             print(f"{verdict.verdict:5} {verdict.name:18} {verdict.text}", flush=True)
     if options.json:
         print(json.dumps([asdict(verdict) for verdict in found], indent=2))
     return 1 if any(verdict.verdict == "bad" for verdict in found) else 0
+
+
+def run_download(options: argparse.Namespace) -> int:
+    """Fetches and checks, with a bar for each file and one for all; asks for a token where one is needed."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from flux_local import download
+
+    folder = Path(options.to or Path("weights") / options.repository.rpartition("/")[2])
+    token = None
+    try:
+        plan = download.plan(options.repository, options.revision, token)
+    except download.Denied as denied:
+        if download.default_token() or not sys.stdin.isatty():
+            raise
+        print(f"flux-local: {denied.message}", file=sys.stderr)
+        token = getpass.getpass("Token (not shown): ").strip()
+        plan = download.plan(options.repository, options.revision, token)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, disable=not sys.stderr.isatty(), console=Console(stderr=True)) as progress:
+        total = progress.add_task("all", total=plan.size)
+        tasks: dict[str, TaskID] = {}
+
+        def report(name: str, count: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=plan.files[name].size)
+            progress.advance(tasks[name], count)
+            progress.advance(total, count)
+
+        download.fetch(plan, folder, token, report)
+    print(f"{len(plan.files)} files, {plan.size / 1e9:.2f} GB, checked: {folder}")
+    print(f"Next: flux-local serve --model {folder}")
+    return 0
 
 
 def run_serve(options: argparse.Namespace) -> int:

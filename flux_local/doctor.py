@@ -12,7 +12,8 @@ from pathlib import Path
 
 from flux_local import weights
 from flux_local.config import Settings
-from flux_local.errors import FluxError
+from flux_local.download import altered
+from flux_local.errors import FluxError, WeightsError
 
 ROOM = 1 << 30
 """Bytes that the data directory's disk should have free."""
@@ -27,9 +28,15 @@ class Verdict:
     text: str
 
 
-def examine(settings: Settings) -> Iterator[Verdict]:
-    """All verdicts, as they are found."""
+def examine(settings: Settings, whole: bool = False) -> Iterator[Verdict]:
+    """All verdicts, as they are found.
+
+    Args:
+        whole: read every byte of the weights and compare it with what the download recorded.
+    """
     yield check("weights", lambda: of_weights(settings))
+    if whole:
+        yield check("hashes", lambda: of_hashes(settings))
     yield check("data directory", lambda: of_data(settings))
     yield check("address", lambda: of_address(settings))
     for name in settings.device_list():
@@ -49,6 +56,16 @@ def of_weights(settings: Settings) -> str:
     weights.verify(folder)
     size = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
     return f"{weights.info(folder).name}, {size / 1e9:.2f} GB in {folder}"
+
+
+def of_hashes(settings: Settings) -> str:
+    folder = weights.find(settings.model)
+    recorded = weights.manifest(folder)
+    if not recorded:
+        return "nothing to compare with: the folder was not made by `flux-local download`"
+    if wrong := list(altered(folder)):
+        raise WeightsError(f"{', '.join(wrong)}: not as downloaded. Delete that and run `flux-local download` again.")
+    return f"{len(recorded)} files are as they were downloaded"
 
 
 def of_data(settings: Settings) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flux_local.errors import WeightsError
@@ -13,8 +14,18 @@ from flux_local.steps import Masks
 INFO = "flux-local.json"
 KREA = ModelInfo("FLUX.1-Krea-dev", CanvasRange(100_000, 4_200_000), 28, 4.5)
 """What applies to a FLUX.1 folder without a file of its own."""
+MANIFEST = "manifest.json"
+"""What a download brought: each file's size and hash."""
 MAX_HEADER = 100_000_000
 """Bytes: the format's own limit."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A file as the manifest knows it. Small files have no hash."""
+
+    size: int
+    sha256: str | None = None
 
 
 def find(model: str) -> Path:
@@ -63,11 +74,21 @@ def info(folder: Path) -> ModelInfo:
 
 
 def verify(folder: Path) -> None:
-    """Whether every file of weights is there and whole, by the headers alone: milliseconds for any model.
+    """Whether every file of weights is there and whole, by sizes and headers alone: milliseconds for any model.
 
     Raises:
-        WeightsError: a shard that an index names is missing, or a file is shorter or longer than its header says.
+        WeightsError: a file that the manifest names, or a shard that an index names, is missing, or one is shorter or
+            longer than the manifest or its header says.
     """
+    for name, recorded in manifest(folder).items():
+        path = folder / name
+        if not path.is_file():
+            raise WeightsError(f"{path} is missing. Run `flux-local download` again.")
+        if path.stat().st_size != recorded.size:
+            raise WeightsError(
+                f"{path} has {path.stat().st_size:,} bytes where the hub's has {recorded.size:,}. "
+                "Run `flux-local download` again."
+            )
     for index in sorted(folder.glob("*/*.safetensors.index.json")):
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
@@ -82,6 +103,35 @@ def verify(folder: Path) -> None:
             raise WeightsError(
                 f"{path} has {size:,} bytes where its header says {said:,}. Copy or download the model again."
             )
+
+
+def manifest(folder: Path) -> dict[str, Recorded]:
+    """What a download of the folder recorded; nothing, where the folder came another way.
+
+    Raises:
+        WeightsError: the manifest is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        return {name: Recorded(**entry) for name, entry in json.loads(path.read_text())["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is damaged. Run `flux-local download` again.") from error
+
+
+def write_manifest(folder: Path, repository: str, revision: str, files: dict[str, Recorded]) -> None:
+    record = {"repository": repository, "revision": revision, "files": {n: asdict(f) for n, f in files.items()}}
+    (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def write_info(folder: Path) -> None:
+    """FLUX.1's canvas range and defaults into a folder that says nothing of its own."""
+    path = folder / INFO
+    if not path.exists():
+        canvas = {"min_area": KREA.canvas.min_area, "max_area": KREA.canvas.max_area}
+        defaults = {"num_inference_steps": KREA.default_steps, "guidance_scale": KREA.default_guidance}
+        path.write_text(json.dumps({"canvas": canvas, "defaults": defaults}, indent=2) + "\n")
 
 
 def said_size(path: Path) -> int:
