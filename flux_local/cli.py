@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="what to draw")
     generate.add_argument("-o", "--output", default="out.png", metavar="FILE", help="file to write (default out.png)")
     settings = {setting.name: setting for setting in config.describe()}
-    for name in ("model", "devices", "precisions", "reference"):
+    for name in ("model", "devices", "precisions", "reference", "loras_dir"):
         add_setting(generate, settings[name])
     add_config_file(generate)
     for parameter in params.PARAMETERS:
@@ -246,6 +246,7 @@ def plan_of(options: argparse.Namespace, output: Path, model: params.ModelInfo, 
     Raises:
         RequestError: a value or a file that will not do.
     """
+    from flux_local import loras
     from flux_local.plan import Plan
     from flux_local.sizes import Size
 
@@ -264,7 +265,8 @@ def plan_of(options: argparse.Namespace, output: Path, model: params.ModelInfo, 
     )
     for name in checked.ignored:
         print(f"flux-local: --{name.replace('_', '-')} changes nothing here", file=sys.stderr)
-    return Plan(checked, source, model.name, settings.png_metadata)
+    adapters = loras.find(settings.loras_folder(), checked.loras)
+    return Plan(checked, source, model.name, settings.png_metadata, adapters)
 
 
 def source_of(image: str | None, mask: str | None) -> Source | None:

@@ -41,6 +41,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Meta(description="What to load: the model's own precision (bf16, on a CPU fp32), fp8, or both."),
     ] = "both"
     go_fast: Annotated[bool, Meta(description="Draw in fp8 when the request does not say.")] = False
+    loras_dir: Annotated[str, Meta(description="Folder of LoRA adapters that requests may name.")] = "weights/loras"
     data_dir: Annotated[str, Meta(description="Folder for pictures behind URLs.")] = "~/.local/share/flux-local"
     public_url: Annotated[str, Meta(description="Base of the URLs in answers, if clients see another address.")] = ""
     response_format: Annotated[
@@ -71,6 +72,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def device_list(self) -> list[str]:
         return [name.strip() for name in self.devices.split(",") if name.strip()] or ["auto"]
+
+    def loras_folder(self) -> Path:
+        return Path(self.loras_dir).expanduser()
 
     def engine_options(self) -> list[str]:
         """What an engine program has to be told."""

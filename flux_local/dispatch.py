@@ -318,8 +318,9 @@ class Dispatcher:
             case Done():
                 self._settle(pending, message)
             case Failed():
-                error = BY_CODE.get(message.code, InternalError)
-                self._settle(pending, error(message.message))
+                error = BY_CODE.get(message.code, InternalError)(message.message)
+                error.param = message.param
+                self._settle(pending, error)
 
 
 def request_of(job_id: str) -> str:

@@ -108,8 +108,8 @@ class Engine:
 
     def schedule(self, job: Job, arrived: float) -> None:
         cost = job.tokens * self.seconds_per_token
-        canvas, steps = (job.width, job.height), job.steps_computed
-        self.scheduler.add(Entry(job.id, canvas, steps, cost, arrived, job.owner, job.rows, job.alone, job.go_fast))
+        canvas, steps, family = (job.width, job.height), job.steps_computed, (job.go_fast, job.loras)
+        self.scheduler.add(Entry(job.id, canvas, steps, cost, arrived, job.owner, job.rows, job.alone, family))
 
     def drop(self, id: str) -> None:
         self.work.pop(id, None)
@@ -179,6 +179,9 @@ class Engine:
         started = time.monotonic()
         try:
             work.picture = begin(self.pipeline, work.job, self.prompts)
+        except FluxError as error:
+            self.fail(work, error)
+            return
         except Exception as error:  # the boundary of a request
             log.exception("a picture could not be begun")
             self.fail(work, InternalError(f"The model failed ({type(error).__name__}). Try again."))
@@ -193,6 +196,7 @@ class Engine:
         started = time.monotonic()
         try:
             self.faults.before_step([work.job.prompt for work in batch], pictures)
+            self.pipeline.adapt(batch[0].job.loras, batch[0].job.go_fast)
             self.pipeline.denoiser_for(batch[0].job.go_fast, batch[0].careful).advance(pictures)
         except Exception as error:  # the boundary of a request: whatever the model raises costs its batch only
             self.step_failed(batch, error)
@@ -301,11 +305,16 @@ class Engine:
 
     def fail(self, work: Work, error: FluxError) -> None:
         self.drop(work.job.id)
-        self.channel.send(Failed(work.job.id, answer_for(error).code, error.message))
+        self.channel.send(Failed(work.job.id, answer_for(error).code, error.message, error.param))
 
 
 def begin(pipeline: Pipeline, job: Job, encode: Callable[[str], PromptEmbedding]) -> Picture:
-    """The job's picture before its first step."""
+    """The job's picture before its first step.
+
+    Raises:
+        InvalidValue: an adapter that cannot be used.
+    """
+    pipeline.adapt(job.loras, job.go_fast)
     return pipeline.begin(
         encode(job.prompt), job.width, job.height, seed=job.seed, steps=job.steps, guidance=job.guidance,
         image=job.image, mask=job.mask, skip=job.skip, true_cfg_scale=job.true_cfg_scale, go_fast=job.go_fast,

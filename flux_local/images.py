@@ -83,6 +83,7 @@ def parameters_text(params: GenerationParams, seed: int, model: str) -> str:
     return (
         f"{params.prompt}\nSteps: {params.steps}, Sampler: Euler, CFG scale: {params.guidance:g}, "
         f"Seed: {seed}, Size: {params.delivered}, Model: {model}"
+        f"{''.join(f', Lora: {name} {scale:g}' for name, scale in params.loras)}"
         f"{', Precision: fp8' if params.go_fast else ''}"
         f"{f', Acceleration: {params.acceleration}' if params.acceleration != 'none' else ''}"
     )

@@ -22,7 +22,8 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     canvas, not 0 where it is to be repainted. `partials`: how many pictures to send on the way. `owner`: whose it is,
     for fairness. `deadline`: when nobody wants it any more, on the machine's monotonic clock. `serial`: its number in
     the pulse. `alone`: it shares no batch, because one that it was in has crashed. `computed`: which of the steps that
-    run are computed, the others extrapolated; empty for all.
+    run are computed, the others extrapolated; empty for all. `loras`: paths of adapters, each with its
+    scale and its version.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     alone: bool = False
     go_fast: bool = False
     computed: tuple[bool, ...] = ()
+    loras: tuple[tuple[str, float, int], ...] = ()
 
     @property
     def steps_computed(self) -> int:
@@ -120,6 +122,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     id: str
     code: str
     message: str
+    param: str | None = None
 
 
 ToEngine = Job | Cancel

@@ -30,6 +30,7 @@ PUBLIC_NAME = "flux.1-krea-dev"
 OPENAI_NAMES = ("dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2")
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 32_000
+MAX_LORAS, MAX_LORA_SCALE = 8, 4.0
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,10 @@ PARAMETERS: tuple[Parameter, ...] = (
               "Leave flagged pictures out.", offered=(False,)),
     Parameter("disable_safety_checker", "boolean", "the server's policy", "converted",
               "The opposite of `enable_safety_checker`.", offered=(True, False)),
-    Parameter("loras", "list", "none", "converted", "Adapters of the server's own folder: `[{path, scale}]`.",
-              aliases=("lora_weights",), offered=([],)),
+    Parameter("loras", "list", "none", "converted",
+              "Adapters of the server's own folder, by name: `[{path, scale}]`."),
+    Parameter("lora_weights", "string", "none", "renamed", "One adapter's name.", high=200),
+    Parameter("lora_scale", "number", "1", "renamed", "Its scale.", -MAX_LORA_SCALE, MAX_LORA_SCALE),
     Parameter("response_format", "string", "url", "emulated", "A URL on this server, or the file in the answer.",
               choices=("url", "b64_json")),
     Parameter("output_format", "string", "png", "converted", "The file's format; `jpg` means jpeg.",
@@ -165,6 +168,8 @@ class GenerationParams:
     mask: Mask = ()
     """Which of the steps that run are computed; empty for all."""
     mask_origin: str = "none"
+    loras: tuple[tuple[str, float], ...] = ()
+    """Names of adapters, each with its scale."""
 
     @property
     def steps_run(self) -> int:
@@ -243,6 +248,38 @@ def generation_params(
         acceleration=level,
         mask=() if level == "none" or run == 0 else model.masks(level, run),
         mask_origin=model.masks.origin(level, run),
+        loras=loras_of(given),
+    )
+
+
+def loras_of(given: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """Names and scales, from either form; a scale of 0 is as good as none."""
+    listed: list[Any] = given.get("loras", [])
+    if "lora_weights" in given:
+        one = {"path": given["lora_weights"], "scale": given.get("lora_scale", 1)}
+        if listed and listed != [one]:
+            raise InvalidValue("'loras' and 'lora_weights' are one parameter with two values; send one.", param="loras")
+        listed = [one]
+    if len(listed) > MAX_LORAS:
+        raise InvalidValue(f"'loras' may name at most {MAX_LORAS} adapters.", param="loras")
+    found = [lora_of(entry) for entry in listed]
+    if len({name for name, _ in found}) < len(found):
+        raise InvalidValue("'loras' names an adapter twice; give it once, with the scales added.", param="loras")
+    return tuple((name, scale) for name, scale in found if scale)
+
+
+def lora_of(entry: Any) -> tuple[str, float]:
+    """One entry: an object with `path`, and a `scale` of 1 if it has none; or a name alone."""
+    if isinstance(entry, str):
+        entry = {"path": entry}
+    if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+        scale = entry.get("scale", 1)
+        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
+        if is_number and abs(scale) <= MAX_LORA_SCALE:
+            return entry["path"].removesuffix(".safetensors"), float(scale)
+    raise InvalidValue(
+        f'\'loras\' must be a list like [{{"path": "name", "scale": 1}}], scales up to {MAX_LORA_SCALE:g}.',
+        param="loras",
     )
 
 

@@ -32,12 +32,14 @@ class Plan:
     Args:
         model: the loaded model's name, for the picture's metadata.
         metadata: whether a PNG tells its prompt and parameters.
+        adapters: where the params' adapters are, as a job has them.
     """
 
     params: GenerationParams
     source: Source | None
     model: str
     metadata: bool = True
+    adapters: tuple[tuple[str, float, int], ...] = ()
 
     @cached_property
     def original(self) -> Source | None:
@@ -88,6 +90,7 @@ class Plan:
             deadline=deadline,
             go_fast=params.go_fast,
             computed=params.mask,
+            loras=self.adapters,
         )
 
     def file(self, index: int, pixels: bytes | None = None) -> bytes:

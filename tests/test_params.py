@@ -69,7 +69,9 @@ def test_prompt_may_be_empty_but_not_missing() -> None:
         ("megapixels", "2"), ("megapixels", 2), ("response_format", "file"), ("output_format", "bmp"),
         ("output_quality", 101), ("output_compression", -1), ("sync_mode", "true"), ("quality", "best"),
         ("stream", 1), ("partial_images", 4), ("acceleration", "max"), ("go_fast", "yes"), ("moderation", "off"),
-        ("loras", {}), ("model", 3), ("background", "blue"),
+        ("loras", {}), ("loras", [3]), ("loras", [{"scale": 1}]), ("loras", [{"path": "x", "scale": "1"}]),
+        ("loras", [{"path": "x", "scale": 4.5}]), ("loras", ["x", "x"]), ("loras", [str(i) for i in range(9)]),
+        ("lora_weights", 1), ("model", 3), ("background", "blue"),
     ],
 )  # fmt: skip
 def test_bad_values_name_the_parameter(name: str, value: Any) -> None:
@@ -81,8 +83,7 @@ def test_bad_values_name_the_parameter(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("loras", [{"path": "x", "scale": 1}]),
-     ("enable_safety_checker", True)],
+    [("enable_safety_checker", True)],
 )  # fmt: skip
 def test_what_this_version_does_not_offer_says_so(name: str, value: Any) -> None:
     with pytest.raises(NotAvailable) as caught:
@@ -122,6 +123,14 @@ def test_real_guidance_needs_both() -> None:
     assert parse(negative_prompt="fog").negative_prompt is None
     found = parse(negative_prompt="fog", true_cfg_scale=3)
     assert (found.negative_prompt, found.true_cfg_scale, found.ignored) == ("fog", 3.0, ())
+
+
+def test_adapters_by_either_form() -> None:
+    assert parse(loras=[{"path": "a", "scale": 0.5}, {"path": "b"}, "c"]).loras == (("a", 0.5), ("b", 1.0), ("c", 1.0))
+    assert parse(lora_weights="a", lora_scale=0.5).loras == parse(loras=[{"path": "a", "scale": 0.5}]).loras
+    assert parse(loras=[{"path": "a", "scale": 0}]).loras == parse().loras == ()
+    with pytest.raises(InvalidValue, match="two values"):
+        parse(loras=["a"], lora_weights="b")
 
 
 def test_forms_mean_what_json_says() -> None:

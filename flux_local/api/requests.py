@@ -101,7 +101,11 @@ class Requests:
                 error = error_body(InternalError("The server was stopped while it worked on this. Send it again."))
                 await self.services.history.finish(entry.id, "failed", error=error)
             else:
-                work = unpacked(entry, self.services)
+                try:
+                    work = unpacked(entry, self.services)
+                except FluxError as error:  # an adapter has gone meanwhile
+                    await self.services.history.finish(entry.id, "failed", error=error_body(error))
+                    continue
                 self._spawn(work, self._tracked(work, None, None, whole=True))
 
     async def stop(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from flux_local import loras
 from flux_local.config import Settings
 from flux_local.decoder import SafeDecoder
 from flux_local.dispatch import Dispatcher
@@ -36,7 +37,13 @@ class Services:
     """Unix time."""
 
     def plan(self, params: GenerationParams, source: Source | None = None) -> Plan:
-        return Plan(params, source, self.model.name, self.settings.png_metadata)
+        """What is to be drawn.
+
+        Raises:
+            InvalidValue, NotFound: an adapter that is not there or no adapter.
+        """
+        adapters = loras.find(self.settings.loras_folder(), params.loras)
+        return Plan(params, source, self.model.name, self.settings.png_metadata, adapters)
 
     def precision(self, params: GenerationParams) -> str:
         """As `plan.precision_of`; empty until the engine has said what it has."""

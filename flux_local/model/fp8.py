@@ -39,7 +39,12 @@ class Fp8Linear(Linear):
     @classmethod
     def of(cls, linear: Linear, quantise: Callable[[Tensor], Rows] = quantised) -> Fp8Linear:
         values, scale = quantised(linear.weight)
-        return cls(values, linear.bias, scale.t().contiguous(), quantise)
+        return cls(values, linear.bias, scale.t().contiguous(), quantise, parts=linear.parts)
+
+    def load(self, weight: Tensor) -> None:
+        values, scale = quantised(weight)
+        self.weight.copy_(values)
+        self.scale.copy_(scale.t())
 
     def __call__(self, x: Activation) -> Tensor:
         values, scale = x if isinstance(x, Rows) else self.quantise(x)
@@ -61,7 +66,10 @@ class RoundedLinear(Linear):
 
     @classmethod
     def of(cls, linear: Linear) -> RoundedLinear:
-        return cls(rounded(linear.weight), linear.bias)
+        return cls(rounded(linear.weight), linear.bias, parts=linear.parts)
+
+    def load(self, weight: Tensor) -> None:
+        self.weight.copy_(rounded(weight))
 
     def __call__(self, x: Activation) -> Tensor:
         assert isinstance(x, Tensor)

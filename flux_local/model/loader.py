@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from flux_local.errors import WeightsError
+from flux_local.errors import NotAvailable, WeightsError
 from flux_local.model.denoiser import Denoiser, Keep, Picture, Transformer, noised
 from flux_local.model.fp8 import in_fp8
 from flux_local.model.latents import initial_noise
+from flux_local.model.lora import Adapters, Choice
 from flux_local.model.ops import Layout, Ops
 from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.schedule import FlowSchedule
@@ -37,6 +38,8 @@ class Pipeline:
     schedule: FlowSchedule
     fast: Denoiser | None = None
     """In fp8, where both precisions are loaded."""
+    adapters: Adapters | None = None
+    """None with diffusers' own transformer."""
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -52,6 +55,18 @@ class Pipeline:
         if careful and isinstance(denoiser.transformer, FluxTransformer):
             return Denoiser(denoiser.transformer.with_plain_operations())
         return denoiser
+
+    def adapt(self, choice: Choice, go_fast: bool) -> None:
+        """Leaves the transformer of a precision with these adapters and no others.
+
+        Raises:
+            InvalidValue: an adapter that is none for this model. NotAvailable: there is nothing that could take one.
+        """
+        transformer = self.denoiser_for(go_fast).transformer
+        if self.adapters is not None and isinstance(transformer, FluxTransformer):
+            self.adapters.use(transformer, choice)
+        elif choice:
+            raise NotAvailable("With --reference no adapter can be used. Leave 'loras' out.", param="loras")
 
     def prompt_cache(self) -> PromptCache:
         return PromptCache(self.text.encode, PROMPT_CACHE_BYTES)
@@ -134,13 +149,16 @@ def load(folder: Path, device: str = "cpu", precisions: str = "both", reference:
     with translated(folder / "transformer"):
         geometry = Geometry.of(json.loads((folder / "transformer" / "config.json").read_text()))
     ops = Ops() if reference or device == "cpu" else operations(geometry, device, dtype)
+    with translated(folder / "transformer"):
+        parts = tensors(folder / "transformer", device, dtype)
     own = transformer(folder / "transformer", geometry, device, dtype, None if reference else ops)
     denoiser, fast = Denoiser(own), None
     if isinstance(own, FluxTransformer) and precisions != "full":
         fast = Denoiser(in_fp8(own))
         denoiser = fast if precisions == "fp8" else denoiser
     vae = Autoencoder(model(AutoencoderKL, "vae", dtype=dtype), ops)
-    return Pipeline(text, denoiser, vae, FlowSchedule.load(folder / "scheduler"), fast)
+    adapters = None if reference else Adapters(parts)
+    return Pipeline(text, denoiser, vae, FlowSchedule.load(folder / "scheduler"), fast, adapters)
 
 
 def operations(geometry: Geometry, device: str, dtype: torch.dtype) -> Ops:

@@ -17,6 +17,14 @@ def is_fatal(error: BaseException) -> bool:
     return isinstance(error, torch.AcceleratorError)
 
 
+def has_room(tensor: torch.Tensor) -> bool:
+    """Whether a copy of a tensor may stay on its device with as much again to spare for work; always on the host."""
+    if tensor.device.type != "cuda":
+        return True
+    free_bytes, total = torch.cuda.mem_get_info(tensor.device)
+    return free_bytes - tensor.nbytes > total // 5
+
+
 def free() -> None:
     """Gives back what nothing holds any more, the allocator's own reserve too."""
     gc.collect()

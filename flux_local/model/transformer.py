@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -67,10 +67,18 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x·Wᵀ + b. `weight` is [out, in]."""
+    """y = x·Wᵀ + b. `weight` is [out, in].
+
+    `parts`: the layers of diffusers' module that it is made of, by name, and how many outputs each of them has.
+    """
 
     weight: Tensor
     bias: Tensor
+    parts: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
+
+    def load(self, weight: Tensor) -> None:
+        """Another weight [out, in] in the same memory, so that what was recorded with it stays good."""
+        self.weight.copy_(weight)
 
     def __call__(self, x: Activation) -> Tensor:
         assert isinstance(x, Tensor)
@@ -80,6 +88,17 @@ class Linear:
         """Writes y to `out` [rows, out]; both of any row stride."""
         assert isinstance(x, Tensor)
         torch.addmm(self.bias, x, self.weight.t(), out=out)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Two layers with SiLU between."""
+
+    first: Linear
+    second: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.second(F.silu(self.first(x)))
 
 
 @dataclass(frozen=True)
@@ -240,6 +259,16 @@ class FluxTransformer:
         self.ops.gelu_(x[:, first:])
         return x
 
+    def linears(self) -> list[Linear]:
+        """All matrix products, those that it shares with a twin among them."""
+        found = [self.image_in, self.text_in, self.modulation, self.out]
+        for embedder in (*self.scalars_in, self.pooled_in):
+            found += [embedder.first, embedder.second]
+        for double in self.doubles:
+            for stream in (double.text, double.image):
+                found += [stream.qkv, stream.out, stream.up, stream.down]
+        return found + [linear for single in self.singles for linear in (single.qkv_up, single.out)]
+
     def buffer(self, layout: Layout, columns: int) -> Tensor:
         return torch.empty(layout.rows, columns, dtype=self.dtype, device=self.device)
 
@@ -336,19 +365,22 @@ def modulation(geometry: Geometry, weights: Weights) -> Linear:
 
 
 def linear(weights: Weights, name: str) -> Linear:
-    return Linear(weights(f"{name}.weight"), weights(f"{name}.bias"))
+    weight = weights(f"{name}.weight")
+    return Linear(weight, weights(f"{name}.bias"), parts=((name, len(weight)),))
 
 
 def joined(weights: Weights, *names: str) -> Linear:
     """Several layers of the same input as one: their outputs side by side."""
     layers = [linear(weights, name) for name in names]
-    return Linear(torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
+    return Linear(
+        torch.cat([layer.weight for layer in layers]),
+        torch.cat([layer.bias for layer in layers]),
+        parts=tuple(part for layer in layers for part in layer.parts),
+    )
 
 
-def mlp(weights: Weights, name: str) -> Callable[[Tensor], Tensor]:
-    """Two layers with SiLU between."""
-    first, second = linear(weights, f"{name}.linear_1"), linear(weights, f"{name}.linear_2")
-    return lambda x: second(F.silu(first(x)))
+def mlp(weights: Weights, name: str) -> Mlp:
+    return Mlp(linear(weights, f"{name}.linear_1"), linear(weights, f"{name}.linear_2"))
 
 
 def double_block(weights: Weights, name: str) -> DoubleBlock:

@@ -1,0 +1,50 @@
+"""The server's folder of LoRA adapters: names that requests may use → files. Knows not what is in them, nor torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from flux_local.errors import InvalidValue, NotFound, WeightsError
+from flux_local.weights import said_size
+
+SUFFIX = ".safetensors"
+NAME = re.compile(r"[^\W_][\w .+()-]{0,150}")
+LISTED = 20
+"""Names at most in an error's message."""
+
+
+def find(folder: Path, chosen: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float, int], ...]:
+    """Path, scale and version of each adapter chosen by name. Reads the files' headers.
+
+    Raises:
+        InvalidValue: a name that is a path or an address, or a file that is no whole safetensors file.
+        NotFound: no such adapter.
+    """
+    return tuple(located(folder, name, scale) for name, scale in chosen)
+
+
+def located(folder: Path, name: str, scale: float) -> tuple[str, float, int]:
+    if not NAME.fullmatch(name):
+        raise InvalidValue(
+            "An adapter is chosen by the name of its file in this server's own folder, not by a path or an address.",
+            param="loras",
+        )
+    path = folder / (name + SUFFIX)
+    if not path.is_file():
+        raise NotFound(f"This server has no adapter '{name}'. {known(folder)}", param="loras")
+    try:
+        whole = said_size(path) == path.stat().st_size
+    except WeightsError:
+        whole = False
+    if not whole:
+        raise InvalidValue(f"The adapter '{name}' cannot be used: it is no whole safetensors file.", param="loras")
+    return str(path.resolve()), scale, path.stat().st_mtime_ns
+
+
+def known(folder: Path) -> str:
+    """What there is, for a message."""
+    names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}") if NAME.fullmatch(path.stem))
+    if not names:
+        return "Its folder of adapters is empty."
+    return f"It has: {', '.join(names[:LISTED])}{' …' if len(names) > LISTED else '.'}"

@@ -1,0 +1,175 @@
+"""LoRA adapters, merged into a transformer's weights in place and taken out again without a trace.
+
+A layer with adapters has the weight base + Σ scale · up · down, computed in fp32 and rounded once, in the memory that
+it had before: recorded graphs stay good, and fp8 layers are quantised anew from the sum. The base is never computed
+back but loaded again, so that nothing drifts. Key layouts are told apart and converted by diffusers. Knows nothing of
+where adapters are kept or who may use them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flux_local.errors import InvalidValue
+from flux_local.model import memory
+from flux_local.model.transformer import FluxTransformer, Linear, Weights
+
+KEPT = 8
+"""Adapters that are kept in memory beyond their use."""
+
+Choice = tuple[tuple[str, float, int], ...]
+"""Paths of adapters, each with its scale and a number that is another when the file has changed."""
+
+log = logging.getLogger("flux_local.lora")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A layer's change: `up` [out, rank] · `down` [rank, in], in fp32."""
+
+    up: Tensor
+    down: Tensor
+
+
+Adapter = dict[str, Factors]
+"""By the names of layers in diffusers' module."""
+
+
+class Adapters:
+    """Brings transformers of one set of weights to the adapters asked for.
+
+    Args:
+        weights: the tensors that the transformers were made of.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.bases: dict[tuple[tuple[str, int], ...], Tensor] = {}
+        self.merged: dict[int, Choice] = {}
+        self.read: OrderedDict[tuple[str, int], Adapter] = OrderedDict()
+        self.at: tuple[int, Choice] | None = None
+        """The transformer last brought anywhere, and where to."""
+
+    @torch.inference_mode()
+    def use(self, transformer: FluxTransformer, choice: Choice) -> None:
+        """Leaves the transformer with these adapters and no others; without effect where it has them.
+
+        Raises:
+            InvalidValue: a file that is no adapter for this model. The transformer is then as it was.
+        """
+        if self.at == (id(transformer), choice):
+            return
+        chosen = [(one, self.adapter(one[0], one[2], transformer)) for one in choice if one[1]]
+        self.at = None
+        for linear in transformer.linears():
+            names = {name for name, _ in linear.parts}
+            acting = [(one, adapter) for one, adapter in chosen if not names.isdisjoint(adapter)]
+            wanted = tuple(one for one, _ in acting)
+            if self.merged.get(id(linear), ()) != wanted:
+                linear.load(self.sum(linear, [(scale, adapter) for (_, scale, _), adapter in acting]))
+                self.merged[id(linear)] = wanted
+        self.at = (id(transformer), choice)
+
+    def sum(self, linear: Linear, acting: list[tuple[float, Adapter]]) -> Tensor:
+        """The layer's base and what the adapters add to it."""
+        base = self.base(linear)
+        if not acting:
+            return base
+        total, row = base.float(), 0
+        if total is base:
+            total = base.clone()
+        for name, rows in linear.parts:
+            for scale, adapter in acting:
+                if name in adapter:
+                    up, down = adapter[name].up.to(base.device), adapter[name].down.to(base.device)
+                    total[row : row + rows].addmm_(up, down, alpha=scale)
+            row += rows
+        return total.to(base.dtype)
+
+    def base(self, linear: Linear) -> Tensor:
+        """The layer's weight without adapters; kept where the device has room for it."""
+        if (kept := self.bases.get(linear.parts)) is not None:
+            return kept
+        base = torch.cat([self.weights(f"{name}.weight") for name, _ in linear.parts])
+        if memory.has_room(base):
+            self.bases[linear.parts] = base
+        return base
+
+    def adapter(self, path: str, version: int, transformer: FluxTransformer) -> Adapter:
+        """The file's factors, checked against the transformer."""
+        key = (path, version)
+        if key not in self.read:
+            self.read[key] = read(path, shapes(transformer))
+        self.read.move_to_end(key)
+        while len(self.read) > KEPT:
+            self.read.popitem(last=False)
+        return self.read[key]
+
+
+def shapes(transformer: FluxTransformer) -> dict[str, tuple[int, int]]:
+    """[out, in] of every layer that an adapter may change, by its name in diffusers' module."""
+    return {name: (rows, linear.weight.shape[1]) for linear in transformer.linears() for name, rows in linear.parts}
+
+
+def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
+    """A file in diffusers', Kohya's, XLabs' or BFL's layout.
+
+    Raises:
+        InvalidValue: not safetensors, a layout that nobody knows, or layers that this model does not have.
+    """
+    from diffusers import FluxPipeline
+    from safetensors.torch import load_file
+
+    name = Path(path).stem
+    try:
+        found, alphas = FluxPipeline.lora_state_dict(load_file(path), return_alphas=True)
+    except Exception as error:  # a stranger's file: whatever a reader makes of it is about the file
+        raise refused(name, f"it cannot be read ({type(error).__name__})") from error
+    adapter: Adapter = {}
+    for layer, up, down in pairs(name, found):
+        if layer not in shapes:
+            raise refused(name, f"this model has no layer {layer}")
+        if (
+            up.ndim != 2
+            or down.ndim != 2
+            or (up.shape[0], down.shape[1]) != shapes[layer]
+            or up.shape[1] != down.shape[0]
+        ):
+            raise refused(name, f"its {layer} is for another model")
+        strength = float((alphas or {}).get(f"transformer.{layer}.alpha", down.shape[0])) / down.shape[0]
+        adapter[layer] = Factors(up.float() * strength, down.float())
+        if not bool(torch.isfinite(adapter[layer].up).all() and torch.isfinite(adapter[layer].down).all()):
+            raise refused(name, f"its {layer} holds values that are not finite")
+    if not adapter:
+        raise refused(name, "it changes nothing in the transformer")
+    return adapter
+
+
+def pairs(name: str, found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Layer, up and down of each pair in diffusers' layout."""
+    ignored = [key for key in found if key.startswith("text_encoder.")]
+    if ignored:
+        log.warning("the adapter %s has a part for the text encoder, which is not used", name)
+    for key, down in found.items():
+        if not key.startswith("transformer."):
+            if key not in ignored:
+                raise refused(name, f"nobody knows what its '{key[:80]}' is")
+        elif key.endswith(".lora_A.weight"):
+            layer = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+            up = found.get(f"transformer.{layer}.lora_B.weight")
+            if up is None:
+                raise refused(name, f"half of its {layer} is missing")
+            yield layer, up, down
+        elif not key.endswith(".lora_B.weight"):
+            raise refused(name, f"it does more than a LoRA does: '{key[:80]}'")
+
+
+def refused(name: str, why: str) -> InvalidValue:
+    return InvalidValue(f"The adapter '{name}' cannot be used: {why}.", param="loras")

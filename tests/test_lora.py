@@ -1,0 +1,268 @@
+"""LoRA adapters: merged exactly, taken out without a trace, chosen by requests, and refused where they are none."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flux_local.errors import InvalidValue
+from flux_local.model.fp8 import in_fp8
+from flux_local.model.loader import load, tensors
+from flux_local.model.lora import Adapters, Factors, read, shapes
+from flux_local.model.transformer import FluxTransformer, Geometry
+from tests.servers import MODEL, Server, pictures, running
+from tests.test_transformer import SMALL, prompt_of, random_module
+
+RANK = 4
+BODY = {"prompt": "a large red star on a blue background", "size": "128x128", "steps": 6, "seed": 3,
+        "response_format": "b64_json"}  # fmt: skip
+
+
+def factors(layers: dict[str, tuple[int, int]], seed: int = 0, size: float = 0.3) -> dict[str, Factors]:
+    """Random factors for the layers given with their [out, in]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(rows: int, columns: int) -> Tensor:
+        return size * torch.randn(rows, columns, generator=generator) * columns**-0.5
+
+    return {name: Factors(random(out, RANK), random(RANK, into)) for name, (out, into) in layers.items()}
+
+
+def diffusers_layout(adapter: dict[str, Factors]) -> dict[str, Tensor]:
+    found = {}
+    for name, f in adapter.items():
+        found[f"transformer.{name}.lora_A.weight"] = f.down.clone()
+        found[f"transformer.{name}.lora_B.weight"] = f.up.clone()
+    return found
+
+
+def kohya_layout(adapter: dict[str, Factors]) -> dict[str, Tensor]:
+    """As Kohya's trainer writes it: BFL's layer names, and an alpha of half the rank."""
+    names = {
+        r"transformer_blocks\.(\d+)\.attn\.to_out\.0": "double_blocks_{}_img_attn_proj",
+        r"transformer_blocks\.(\d+)\.ff\.net\.2": "double_blocks_{}_img_mlp_2",
+        r"single_transformer_blocks\.(\d+)\.proj_out": "single_blocks_{}_linear2",
+    }
+    found = {}
+    for name, f in adapter.items():
+        for pattern, theirs in names.items():
+            if match := re.fullmatch(pattern, name):
+                key = "lora_unet_" + theirs.format(match[1])
+                found |= {f"{key}.lora_down.weight": f.down.clone(), f"{key}.lora_up.weight": 2 * f.up,
+                          f"{key}.alpha": torch.tensor(RANK / 2)}  # fmt: skip
+    assert len(found) == 3 * len(adapter)
+    return found
+
+
+def xlabs_layout(adapter: dict[str, Factors]) -> dict[str, Tensor]:
+    found = {}
+    for name, f in adapter.items():
+        match = re.fullmatch(r"transformer_blocks\.(\d+)\.attn\.(to_out\.0|to_add_out)", name)
+        assert match
+        key = f"double_blocks.{match[1]}.processor.proj_lora{1 if match[2] == 'to_out.0' else 2}"
+        found |= {f"{key}.down.weight": f.down.clone(), f"{key}.up.weight": f.up.clone()}
+    return found
+
+
+def merged(state: dict[str, Tensor], adapter: dict[str, Factors], scale: float) -> dict[str, Tensor]:
+    """A state dict with the adapter added to its weights."""
+    changed = dict(state)
+    for name, f in adapter.items():
+        changed[f"{name}.weight"] = state[f"{name}.weight"] + scale * f.up @ f.down
+    return changed
+
+
+def weights_of(transformer: FluxTransformer) -> list[Tensor]:
+    return [linear.weight.clone() for linear in transformer.linears()]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def small() -> tuple[dict[str, Tensor], FluxTransformer]:
+    """A random model's state dict and our transformer of it, which shares none of its memory."""
+    module = random_module(SMALL)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    return state, FluxTransformer(Geometry.of(module.config), lambda name: state[name].clone())
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.7])
+def test_a_merged_transformer_is_one_of_merged_weights(small: Any, scale: float, tmp_path: Path) -> None:
+    state, transformer = small
+    first, second = factors(shapes(transformer)), factors({"proj_out": shapes(transformer)["proj_out"]}, seed=1)
+    for name, adapter in (("a", first), ("b", second)):
+        save_file(diffusers_layout(adapter), tmp_path / f"{name}.safetensors")
+    choice = ((str(tmp_path / "a.safetensors"), scale, 0), (str(tmp_path / "b.safetensors"), 0.5, 0))
+    Adapters(state.__getitem__).use(transformer, choice)
+    expected = FluxTransformer(transformer.geometry, merged(merged(state, first, scale), second, 0.5).__getitem__)
+    for ours, theirs in zip(transformer.linears(), expected.linears(), strict=True):
+        torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=1e-6)
+
+    def velocity(t: FluxTransformer) -> Tensor:
+        condition = t.condition(prompt_of(SMALL, 5, 0), [1.0, 0.5], 3.5)
+        latents = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(2))
+        return t.velocity(latents, [condition], [0], 64, 64)
+
+    assert (velocity(transformer) - velocity(expected)).abs().max() < 1e-4
+    Adapters(state.__getitem__).use(transformer, ())
+
+
+@pytest.mark.parametrize(
+    ("layout", "layers"),
+    [
+        (diffusers_layout, ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_mlp")),
+        (kohya_layout, ("transformer_blocks.1.attn.to_out.0", "transformer_blocks.0.ff.net.2",
+                        "single_transformer_blocks.0.proj_out")),
+        (xlabs_layout, ("transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.attn.to_add_out")),
+    ],
+)  # fmt: skip
+def test_the_layouts_that_trainers_write(small: Any, layout: Any, layers: tuple[str, ...], tmp_path: Path) -> None:
+    _, transformer = small
+    has = shapes(transformer)
+    adapter = factors({name: has[name] for name in layers})
+    save_file({k: v.contiguous() for k, v in layout(adapter).items()}, tmp_path / "a.safetensors")
+    found = read(str(tmp_path / "a.safetensors"), has)
+    assert found.keys() == adapter.keys()
+    for name, f in adapter.items():
+        torch.testing.assert_close(found[name].up @ found[name].down, f.up @ f.down)
+
+
+def test_an_alpha_beside_diffusers_names(small: Any, tmp_path: Path) -> None:
+    name = "transformer_blocks.0.attn.to_k"
+    adapter = factors({name: shapes(small[1])[name]})
+    held = diffusers_layout(adapter) | {f"transformer.{name}.alpha": torch.tensor(RANK / 4)}
+    save_file(held, tmp_path / "a.safetensors")
+    found = read(str(tmp_path / "a.safetensors"), shapes(small[1]))[name]
+    torch.testing.assert_close(found.up @ found.down, adapter[name].up @ adapter[name].down / 4)
+
+
+def test_nothing_drifts_in_a_thousand_switches(small: Any, tmp_path: Path) -> None:
+    state, transformer = small
+    fast = in_fp8(transformer)
+    before = weights_of(transformer), weights_of(fast)
+    names, few = [], ("transformer_blocks.1.attn.to_q", "single_transformer_blocks.0.proj_out", "proj_out")
+    for i in range(3):
+        adapter = factors({name: shapes(transformer)[name] for name in few}, i)
+        save_file(diffusers_layout(adapter), tmp_path / f"{i}.safetensors")
+        names.append(str(tmp_path / f"{i}.safetensors"))
+    adapters = Adapters(state.__getitem__)
+    for i in range(1000):
+        adapters.use((transformer, fast)[i % 2], ((names[i % 3], 0.5 + i % 5, 0),))
+    assert not equal(weights_of(transformer), before[0])
+    assert not equal(weights_of(fast), before[1])
+    adapters.use(transformer, ())
+    adapters.use(fast, ())
+    assert equal(weights_of(transformer), before[0])
+    assert equal(weights_of(fast), before[1])
+
+
+def test_a_switch_on_the_embedded_model_takes_milliseconds(tmp_path: Path) -> None:
+    pipeline = load(MODEL)
+    transformer = pipeline.denoiser.transformer
+    assert isinstance(transformer, FluxTransformer)
+    assert pipeline.adapters is not None
+    save_file(diffusers_layout(factors(shapes(transformer))), tmp_path / "a.safetensors")
+    choice = ((str(tmp_path / "a.safetensors"), 1.0, 0),)
+    seconds = []
+    for i in range(20):
+        began = time.perf_counter()
+        pipeline.adapt(choice if i % 2 == 0 else (), go_fast=i % 4 < 2)
+        seconds.append(time.perf_counter() - began)
+    assert sorted(seconds[4:])[4] < 0.05, seconds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters for the embedded model, and files that are none."""
+    folder = tmp_path_factory.mktemp("loras")
+    config = json.loads((MODEL / "transformer" / "config.json").read_text())
+    transformer = FluxTransformer(Geometry.of(config), tensors(MODEL / "transformer", "cpu", torch.float32))
+    layers = shapes(transformer)
+    save_file(diffusers_layout(factors(layers, 1)), folder / "first style.safetensors")
+    save_file(diffusers_layout(factors(layers, 2)), folder / "second.safetensors")
+    save_file(diffusers_layout(factors({"proj_out": (32, 32)})), folder / "other-model.safetensors")
+    save_file(diffusers_layout(factors({"no.such.layer": (8, 8)})), folder / "other-layers.safetensors")
+    save_file({"weights": torch.zeros(4)}, folder / "no-adapter.safetensors")
+    (folder / "pickled.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    (folder / "bomb.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    (folder / "cut.safetensors").write_bytes((folder / "second.safetensors").read_bytes()[:-100])
+    (folder.parent / "outside.safetensors").write_bytes((folder / "second.safetensors").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_loras(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("lora-server"), "--loras-dir", str(folder)) as server:
+        yield server
+
+
+class TestServed:
+    def test_an_adapter_acts_on_those_who_ask_for_it_alone(self, with_loras: Server) -> None:
+        plain = pictures(with_loras.post(BODY))
+        for go_fast in (False, True):
+            body = {**BODY, "go_fast": go_fast}
+            without = pictures(with_loras.post(body))
+            one = pictures(with_loras.post({**body, "loras": [{"path": "first style", "scale": 0.8}]}))
+            same = pictures(with_loras.post({**body, "lora_weights": "first style.safetensors", "lora_scale": 0.8}))
+            weaker = pictures(with_loras.post({**body, "loras": [{"path": "first style", "scale": 0.1}]}))
+            two = pictures(with_loras.post({**body, "loras": ["first style", "second"]}))
+            assert one == same
+            assert len({p[0] for p in (without, one, weaker, two)}) == 4
+            assert pictures(with_loras.post({**body, "loras": [{"path": "second", "scale": 0}]})) == without
+        assert pictures(with_loras.post(BODY)) == plain
+
+    def test_company_with_other_adapters_changes_nothing(self, with_loras: Server) -> None:
+        import concurrent.futures
+
+        bodies = [{**BODY, "seed": i, "loras": loras, "go_fast": i % 2 == 1}
+                  for i, loras in enumerate([[], ["second"], [], ["first style"], ["second"], []])]  # fmt: skip
+        alone = [pictures(with_loras.post(body)) for body in bodies]
+        with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+            together = list(pool.map(lambda body: pictures(with_loras.post(body)), bodies))
+        assert together == alone
+
+    @pytest.mark.parametrize(
+        ("name", "status", "said"),
+        [
+            ("absent", 404, "second"), ("../outside", 400, "not by a path"), ("/etc/passwd", 400, "not by a path"),
+            ("https://example.org/a.safetensors", 400, "not by a path"), ("", 400, "not by a path"),
+            ("pickled", 400, "no whole safetensors"), ("bomb", 400, "no whole safetensors"),
+            ("cut", 400, "no whole safetensors"), ("other-model", 400, "another model"),
+            ("other-layers", 400, "no layer"), ("no-adapter", 400, "weights"),
+        ],
+    )  # fmt: skip
+    def test_what_is_no_adapter_is_told_and_the_server_lives(
+        self, with_loras: Server, name: str, status: int, said: str
+    ) -> None:
+        engine = with_loras.engine().pid
+        answer = with_loras.post({**BODY, "loras": [name]})
+        assert answer.status_code == status, answer.text
+        error = answer.json()["error"]
+        assert (error["param"], said in error["message"]) == ("loras", True), error
+        assert pictures(with_loras.post(BODY))
+        assert with_loras.engine().pid == engine
+
+    def test_the_account_of_a_request_names_its_adapters(self, with_loras: Server) -> None:
+        answer = with_loras.post({**BODY, "loras": [{"path": "second", "scale": 0.5}]})
+        entry = with_loras.client().get(f"/images/requests/{answer.json()['id']}", cast_to=dict)  # type: ignore[type-var]
+        assert entry["params"]["loras"] == [["second", 0.5]]
+
+
+def test_a_layer_alone_is_no_adapter(tmp_path: Path, small: Any) -> None:
+    half = {k: v for k, v in diffusers_layout(factors({"proj_out": (64, 32)})).items() if "lora_A" in k}
+    save_file(half, tmp_path / "half.safetensors")
+    with pytest.raises(InvalidValue, match="half of its proj_out"):
+        read(str(tmp_path / "half.safetensors"), shapes(small[1]))
