@@ -247,13 +247,14 @@ def plan_of(options: argparse.Namespace, output: Path, model: params.ModelInfo, 
         RequestError: a value or a file that will not do.
     """
     from flux_local import loras
+    from flux_local.forms import from_form
     from flux_local.plan import Plan
     from flux_local.sizes import Size
 
     names = {parameter.name for parameter in params.PARAMETERS} - ONLY_SERVED
     given = {name: text for name, text in vars(options).items() if name in names and text is not None}
     source = source_of(given.pop("image", None), given.pop("mask", None))
-    raw = params.from_form(given)
+    raw = from_form(given)
     raw |= {"prompt": options.prompt, "output_format": output.suffix.lstrip(".").lower() or "png"}
     checked = params.generation_params(
         raw,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from flux_local.errors import SettingsError
+from flux_local.errors import SettingsError, WeightsError
 
 PREFIX = "FLUX_LOCAL_"
 NOT_SETTINGS = frozenset({"FLUX_LOCAL_FAULTS"})
@@ -41,6 +41,17 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Meta(description="What to load: the model's own precision (bf16, on a CPU fp32), fp8, or both."),
     ] = "both"
     go_fast: Annotated[bool, Meta(description="Draw in fp8 when the request does not say.")] = False
+    safety_checker: Annotated[
+        Literal["auto", "on", "off"], Meta(description="Look at every picture: 'auto' where the checker's weights are.")
+    ] = "auto"
+    safety_model: Annotated[str, Meta(description="Folder of the checker, an image classifier.")] = "weights/safety"
+    safety_labels: Annotated[
+        str, Meta(description="Labels of the classifier whose pictures are left out, by commas.")
+    ] = "nsfw,unsafe,porn,hentai,nude,explicit"
+    safety_threshold: Annotated[
+        float, Meta(gt=0, le=1, description="Probability of those labels from which on a picture is left out.")
+    ] = 0.5
+    safety_optional: Annotated[bool, Meta(description="Whether a request may turn the checker off.")] = False
     loras_dir: Annotated[str, Meta(description="Folder of LoRA adapters that requests may name.")] = "weights/loras"
     data_dir: Annotated[str, Meta(description="Folder for pictures behind URLs.")] = "~/.local/share/flux-local"
     public_url: Annotated[str, Meta(description="Base of the URLs in answers, if clients see another address.")] = ""
@@ -76,9 +87,28 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def loras_folder(self) -> Path:
         return Path(self.loras_dir).expanduser()
 
+    def safety_folder(self) -> Path | None:
+        """Where the safety checker is, or None for a server without.
+
+        Raises:
+            WeightsError: it is to be on, and is not there.
+        """
+        folder = Path(self.safety_model).expanduser()
+        is_there = (folder / "config.json").is_file()
+        if self.safety_checker == "on" and not is_there:
+            raise WeightsError(
+                f"The safety checker is to be on, but {folder} holds no classifier. Put one there, name its folder "
+                "with --safety-model, or set --safety-checker off."
+            )
+        return folder if is_there and self.safety_checker != "off" else None
+
     def engine_options(self) -> list[str]:
         """What an engine program has to be told."""
-        return ["--precisions", self.precisions, *(["--reference"] if self.reference else [])]
+        options = ["--precisions", self.precisions, *(["--reference"] if self.reference else [])]
+        if (folder := self.safety_folder()) is not None:
+            options += ["--safety", str(folder), "--safety-labels", self.safety_labels]
+            options += ["--safety-threshold", str(self.safety_threshold)]
+        return options
 
     def fast_by_default(self) -> bool:
         """What `go_fast` is where a request does not say; never what is not loaded."""

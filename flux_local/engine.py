@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from flux_local.model.denoiser import Picture
     from flux_local.model.loader import Pipeline
+    from flux_local.model.safety import SafetyChecker
     from flux_local.model.text import PromptEmbedding
 
 BATCH_ROWS = 4
@@ -43,6 +44,8 @@ REPORT_EVERY = 0.1
 """Seconds between two reports of a picture's progress. A small model's step takes a fifth of that, and every report
 wakes the server's process on the cores that the next step needs."""
 
+PATIENCE = 0.02
+"""Seconds to wait for the safety checker where there is nothing else to do but to listen."""
 DECODE_SHARE = 0.7
 """Part of the last step's time that decoding may take between two steps, its last layer's overrun aside."""
 
@@ -73,7 +76,14 @@ class Work:
 class Engine:
     """Draws jobs, several at a time, each advancing a step whenever the scheduler picks it."""
 
-    def __init__(self, pipeline: Pipeline, channel: EngineChannel, pulse: Pulse, seconds_per_token: float) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        channel: EngineChannel,
+        pulse: Pulse,
+        seconds_per_token: float,
+        checker: SafetyChecker | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.channel = channel
         self.pulse = pulse
@@ -85,6 +95,9 @@ class Engine:
         self.prompts = pipeline.prompt_cache()
         self.seconds_per_token = seconds_per_token
         self.step_seconds = 0.0
+        self.checker = checker
+        self.unchecked: dict[Decoding, bytes] = {}
+        """Pictures that the safety checker has not decided on."""
 
     def run(self) -> None:
         """Until the other end closes (`EOFError`)."""
@@ -115,6 +128,8 @@ class Engine:
         self.work.pop(id, None)
         for decoding in [d for d in self.decoding if d[0] == id]:
             del self.decoding[decoding]
+        for unchecked in [d for d in self.unchecked if d[0] == id]:
+            del self.unchecked[unchecked]
         self.scheduler.remove(id)
 
     def turn(self) -> None:
@@ -122,8 +137,11 @@ class Engine:
         self.expire(time.monotonic())
         if self.decoding:
             self.decode_some()
-        if batch := self.next_batch():
+        batch = self.next_batch()
+        if batch:
             self.step(batch)
+        if self.unchecked:
+            self.take_verdicts(0.0 if batch or self.decoding else PATIENCE)
 
     def expire(self, now: float) -> None:
         for work in [w for w in self.work.values() if w.job.deadline is not None and now > w.job.deadline]:
@@ -265,10 +283,11 @@ class Engine:
                     return
         except StopIteration as end:
             del self.decoding[first]
-            if partial is None:
-                self.deliver(work, end.value)
+            if self.checker is not None and work.job.check:
+                self.unchecked[first] = end.value
+                self.checker.submit(first, end.value, work.job.width, work.job.height)
             else:
-                self.channel.send(Partial(id, partial, end.value))
+                self.give_out(first, end.value)
         except ArithmeticError:
             del self.decoding[first]
             if partial is None:
@@ -276,6 +295,27 @@ class Engine:
         except Exception as error:  # the boundary of a request
             log.exception("decoding failed")
             self.fail(work, InternalError(f"Decoding failed ({type(error).__name__}). Try again."))
+
+    def give_out(self, decoded: Decoding, pixels: bytes) -> None:
+        id, partial = decoded
+        if partial is None:
+            self.deliver(self.work[id], pixels)
+        else:
+            self.channel.send(Partial(id, partial, pixels))
+
+    def take_verdicts(self, patience: float) -> None:
+        """Gives out what the safety checker lets pass; of a finished picture that it flags only that it did."""
+        assert self.checker is not None
+        if patience:
+            self.pulse.enter(Phase.IDLE)
+        for decoded, flagged in self.checker.verdicts(patience):
+            pixels = self.unchecked.pop(decoded, None)
+            if pixels is None:
+                continue  # its job has gone
+            if not flagged:
+                self.give_out(decoded, pixels)
+            elif decoded[1] is None:
+                self.deliver(self.work[decoded[0]], b"", flagged=True)
 
     def decode_failed(self, work: Work) -> None:
         """A picture that is not finite is drawn once more, alone and by plain operations, before it is given up."""
@@ -286,7 +326,7 @@ class Engine:
         work.careful, work.picture = True, None
         self.schedule(msgspec.structs.replace(work.job, alone=True), work.arrived)
 
-    def deliver(self, work: Work, pixels: bytes) -> None:
+    def deliver(self, work: Work, pixels: bytes, flagged: bool = False) -> None:
         picture = work.picture
         assert picture is not None
         self.drop(work.job.id)
@@ -300,6 +340,7 @@ class Engine:
                 encode_s=work.encode_s,
                 denoise_s=work.denoised - work.begun,
                 decode_s=time.monotonic() - work.denoised,
+                flagged=flagged,
             )
         )
 

@@ -27,6 +27,7 @@ from flux_local.sizes import canvas_for, table_size
 
 if TYPE_CHECKING:
     from flux_local.model.loader import Pipeline
+    from flux_local.model.safety import SafetyChecker
 
 
 def warm_up(pipeline: Pipeline, info: ModelInfo) -> float:
@@ -65,16 +66,17 @@ def pick_device(asked: str) -> str:
     return asked
 
 
-def serve(channel: EngineChannel, pulse: Pulse, folder: Path, device: str, precisions: str, reference: bool) -> None:
+def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> None:
     """Loads, warms up, says so, and draws until the other end closes."""
     try:
         started = time.monotonic()
         from flux_local.model.loader import load
 
-        device = pick_device(device)
-        pipeline = load(folder, device, precisions, reference)
+        device = pick_device(options.device)
+        pipeline = load(options.model, device, options.precisions, options.reference)
+        checker = safety_checker(options, device)
         loaded = time.monotonic()
-        info = weights.info(folder)
+        info = weights.info(options.model)
         step_seconds = warm_up(pipeline, info)
     except StartError as error:
         channel.send(StartFailed(error.message, error.exit_code))
@@ -84,7 +86,21 @@ def serve(channel: EngineChannel, pulse: Pulse, folder: Path, device: str, preci
     per_token = step_seconds / (width * height // 256)
     pulse.enter(Phase.IDLE)
     channel.send(Ready(device, pipeline.precisions, loaded - started, now - loaded, step_seconds, per_token))
-    Engine(pipeline, channel, pulse, per_token).run()
+    Engine(pipeline, channel, pulse, per_token, checker).run()
+
+
+def safety_checker(options: argparse.Namespace, device: str) -> SafetyChecker | None:
+    """The one asked for.
+
+    Raises:
+        WeightsError: it cannot be loaded, or knows none of the labels.
+    """
+    if options.safety is None:
+        return None
+    from flux_local.model.safety import Classifier, SafetyChecker
+
+    labels = frozenset(label.strip().lower() for label in options.safety_labels.split(",") if label.strip())
+    return SafetyChecker(Classifier(options.safety, device, labels, options.safety_threshold))
 
 
 def main() -> int:
@@ -95,6 +111,9 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precisions", default="both")
     parser.add_argument("--reference", action="store_true")
+    parser.add_argument("--safety", type=Path)
+    parser.add_argument("--safety-labels", default="")
+    parser.add_argument("--safety-threshold", type=float, default=0.5)
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # The server decides when its engine ends; a Ctrl-C in the terminal reaches both.
@@ -103,7 +122,7 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     channel = EngineChannel(socket.socket(fileno=options.fd))
     try:
-        serve(channel, Pulse(options.pulse), options.model, options.device, options.precisions, options.reference)
+        serve(channel, Pulse(options.pulse), options)
     except EOFError:
         return 0
     except StartError as error:

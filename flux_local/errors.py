@@ -72,6 +72,10 @@ class DeadlineExceeded(RequestError):
     """The time that the client gave has passed."""
 
 
+class ModerationBlocked(RequestError):
+    """The safety checker left out every picture of a request."""
+
+
 class IdempotencyKeyReused(RequestError):
     """One key, two different requests."""
 
@@ -153,6 +157,7 @@ ANSWERS: dict[type[FluxError], Answer] = {
     InvalidJson: Answer(400, "invalid_request_error", "invalid_json"),
     InvalidImage: Answer(400, "invalid_request_error", "invalid_image"),
     NotAvailable: Answer(400, "invalid_request_error", "not_available"),
+    ModerationBlocked: Answer(400, "image_generation_user_error", "moderation_blocked"),
     ModelNotFound: Answer(404, "invalid_request_error", "model_not_found"),
     NotFound: Answer(404, "invalid_request_error", "not_found"),
     DeadlineExceeded: Answer(408, "invalid_request_error", "deadline_exceeded"),

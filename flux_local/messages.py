@@ -23,7 +23,7 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     for fairness. `deadline`: when nobody wants it any more, on the machine's monotonic clock. `serial`: its number in
     the pulse. `alone`: it shares no batch, because one that it was in has crashed. `computed`: which of the steps that
     run are computed, the others extrapolated; empty for all. `loras`: paths of adapters, each with its
-    scale and its version.
+    scale and its version. `check`: the safety checker looks at what comes of it.
     """
 
     id: str
@@ -46,6 +46,7 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     go_fast: bool = False
     computed: tuple[bool, ...] = ()
     loras: tuple[tuple[str, float, int], ...] = ()
+    check: bool = False
 
     @property
     def steps_computed(self) -> int:
@@ -104,7 +105,7 @@ class Partial(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """A finished picture: RGB rows of the canvas, and where its seconds went."""
+    """A finished picture: RGB rows of the canvas, and where its seconds went. `flagged`: left out, without rows."""
 
     id: str
     pixels: bytes
@@ -114,6 +115,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     encode_s: float
     denoise_s: float
     decode_s: float
+    flagged: bool = False
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -7,17 +7,14 @@ beyond `ModelInfo`.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flux_local import sizes
-from flux_local.errors import InvalidValue, MissingParameter, ModelNotFound, NotAvailable
+from flux_local.errors import InvalidValue, MissingParameter, ModelNotFound
 from flux_local.sizes import CanvasRange, Size
 from flux_local.steps import LEVELS, Mask, Masks
 
@@ -37,9 +34,8 @@ MAX_LORAS, MAX_LORA_SCALE = 8, 4.0
 class Parameter:
     """One row of the table.
 
-    `default` is for reading: a word or two for what applies when the parameter is not given. `offered` names the
-    only values this version can honour; any other valid value answers `not_available`. `form`: a regular expression
-    for the whole of a string value, for the schema; `sizes` checks it.
+    `default` is for reading: a word or two for what applies when the parameter is not given. `form`: a regular
+    expression for the whole of a string value, for the schema; `sizes` checks it.
     """
 
     name: str
@@ -52,7 +48,6 @@ class Parameter:
     choices: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     routes: tuple[Route, ...] = ALL_ROUTES
-    offered: tuple[Any, ...] | None = None
     form: str | None = None
 
 
@@ -94,9 +89,9 @@ PARAMETERS: tuple[Parameter, ...] = (
               "Step caching: how many steps take an extrapolated velocity instead of a computed one.",
               choices=LEVELS),
     Parameter("enable_safety_checker", "boolean", "the server's policy", "converted",
-              "Leave flagged pictures out.", offered=(False,)),
+              "Leave out pictures that the checker flags; `false` only where the server allows it."),
     Parameter("disable_safety_checker", "boolean", "the server's policy", "converted",
-              "The opposite of `enable_safety_checker`.", offered=(True, False)),
+              "The opposite of `enable_safety_checker`."),
     Parameter("loras", "list", "none", "converted",
               "Adapters of the server's own folder, by name: `[{path, scale}]`."),
     Parameter("lora_weights", "string", "none", "renamed", "One adapter's name.", high=200),
@@ -170,6 +165,8 @@ class GenerationParams:
     mask_origin: str = "none"
     loras: tuple[tuple[str, float], ...] = ()
     """Names of adapters, each with its scale."""
+    check: bool | None = None
+    """Whether the safety checker is to look at the pictures; None where the request does not say."""
 
     @property
     def steps_run(self) -> int:
@@ -204,7 +201,7 @@ def generation_params(
         response_format, go_fast: the server's defaults.
 
     Raises:
-        InvalidValue, MissingParameter, NotAvailable, ModelNotFound: with the parameter's name in `param`.
+        InvalidValue, MissingParameter, ModelNotFound: with the parameter's name in `param`.
     """
     given, ignored = canonical(raw, route)
     if route == "variations":
@@ -249,7 +246,21 @@ def generation_params(
         mask=() if level == "none" or run == 0 else model.masks(level, run),
         mask_origin=model.masks.origin(level, run),
         loras=loras_of(given),
+        check=check_of(given),
     )
+
+
+def check_of(given: Mapping[str, Any]) -> bool | None:
+    """Either of two opposite names."""
+    enabled, disabled = given.get("enable_safety_checker"), given.get("disable_safety_checker")
+    if enabled is not None and enabled == disabled:
+        raise InvalidValue(
+            "'enable_safety_checker' and 'disable_safety_checker' contradict each other; send one.",
+            param="disable_safety_checker",
+        )
+    if disabled is not None:
+        return not disabled
+    return enabled
 
 
 def loras_of(given: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
@@ -293,36 +304,6 @@ def size_of(given: Mapping[str, Any], image: Size | None, max_pixels: int) -> Si
     return asked
 
 
-def from_form(fields: Mapping[str, str]) -> dict[str, Any]:
-    """Multipart's strings as the values they mean: "true", "1", "0.7". What means nothing stays a string.
-
-    An empty string is a prompt that is empty, and any other parameter that was not given.
-    """
-    found: dict[str, Any] = {}
-    for name, text in fields.items():
-        kind = BY_NAME[name].kind if name in BY_NAME else "string"
-        if text == "" and name not in ("prompt", "negative_prompt"):
-            continue
-        found[name] = form_value(kind, text.strip() if kind != "string" else text)
-    return found
-
-
-def form_value(kind: Kind, text: str) -> Any:
-    match kind:
-        case "integer" if re.fullmatch(r"-?[0-9]{1,20}(\.0{1,20})?", text):
-            return int(text.partition(".")[0])
-        case "number" if re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE]-?[0-9]{1,2})?", text):
-            return float(text)
-        case "boolean" if text.lower() in ("true", "1", "yes", "on"):
-            return True
-        case "boolean" if text.lower() in ("false", "0", "no", "off"):
-            return False
-        case "list":
-            with contextlib.suppress(ValueError, RecursionError):
-                return json.loads(text)
-    return text
-
-
 def resolution_of(given: Mapping[str, Any]) -> str | float | None:
     """`resolution` or its megapixel form; both only if they agree."""
     if "megapixels" not in given:
@@ -338,7 +319,6 @@ def canonical(raw: Mapping[str, Any], route: Route) -> tuple[dict[str, Any], lis
 
     Raises:
         InvalidValue: a value of the wrong type or outside its range, or two names of one parameter that differ.
-        NotAvailable: a valid value that this version does not offer.
     """
     given: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -359,7 +339,7 @@ def canonical(raw: Mapping[str, Any], route: Route) -> tuple[dict[str, Any], lis
 
 
 def check(parameter: Parameter, name: str, value: Any) -> Any:
-    """The value, if it is of the parameter's type, inside its range and offered."""
+    """The value, if it is of the parameter's type and inside its range."""
     value = typed(parameter, name, value)
     shown = f"{value:g}" if parameter.kind == "number or string" and not isinstance(value, str) else str(value)
     if parameter.choices and shown not in parameter.choices:
@@ -370,8 +350,6 @@ def check(parameter: Parameter, name: str, value: Any) -> Any:
             raise InvalidValue(f"'{name}' may have at most {int(parameter.high):,} characters.", param=name)
     elif parameter.low is not None and parameter.high is not None and not parameter.low <= value <= parameter.high:
         raise InvalidValue(f"'{name}' must be between {parameter.low} and {parameter.high}.", param=name)
-    if parameter.offered is not None and value not in parameter.offered:
-        raise NotAvailable(f"This server does not offer that value of '{name}'. Leave '{name}' out.", param=name)
     return value
 
 

@@ -33,6 +33,7 @@ class Plan:
         model: the loaded model's name, for the picture's metadata.
         metadata: whether a PNG tells its prompt and parameters.
         adapters: where the params' adapters are, as a job has them.
+        check: whether the safety checker looks at the pictures.
     """
 
     params: GenerationParams
@@ -40,6 +41,7 @@ class Plan:
     model: str
     metadata: bool = True
     adapters: tuple[tuple[str, float, int], ...] = ()
+    check: bool = False
 
     @cached_property
     def original(self) -> Source | None:
@@ -91,6 +93,7 @@ class Plan:
             go_fast=params.go_fast,
             computed=params.mask,
             loras=self.adapters,
+            check=self.check,
         )
 
     def file(self, index: int, pixels: bytes | None = None) -> bytes:
@@ -108,6 +111,27 @@ class Plan:
                 picture = images.keep_unmasked(picture, original.image, original.mask)
         text = images.parameters_text(self.params, self.params.seeds[index], self.model) if self.metadata else None
         return images.encode(picture, self.params, text)
+
+
+def check_of(params: GenerationParams, has_checker: bool, optional: bool) -> bool:
+    """Whether the safety checker looks at a request's pictures.
+
+    Args:
+        optional: whether a request may turn it off.
+
+    Raises:
+        NotAvailable: the request asks for a checker where there is none, or for none where that is not allowed.
+    """
+    if params.check and not has_checker:
+        raise NotAvailable(
+            "This server has no safety checker. Leave 'enable_safety_checker' out.", param="enable_safety_checker"
+        )
+    if params.check is False and has_checker and not optional:
+        raise NotAvailable(
+            "This server looks at every picture. Leave 'enable_safety_checker' and 'disable_safety_checker' out.",
+            param="enable_safety_checker",
+        )
+    return has_checker and params.check is not False
 
 
 def precision_of(params: GenerationParams, loaded: Sequence[str]) -> str:

@@ -45,6 +45,7 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
     """
     folder = weights.find(settings.model)
     weights.verify(folder)
+    engine_options = settings.engine_options()
     model = weights.info(folder)
     store = Store(Path(settings.data_dir).expanduser(), settings.url_lifetime)
     listener = bind(settings.host, settings.port)
@@ -56,7 +57,7 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         max_falls=settings.engine_falls,
         window=settings.engine_window,
     )
-    dispatcher = Dispatcher(folder, settings.device_list(), limits, settings.engine_options())
+    dispatcher = Dispatcher(folder, settings.device_list(), limits, engine_options)
     history = History(Path(settings.data_dir).expanduser(), settings.url_lifetime)
     decoder = SafeDecoder()
     services = Services(settings, model, dispatcher, store, history, decoder, int(time.time()))

@@ -32,8 +32,6 @@ def parameter_table() -> str:
         note = parameter.description
         if "generations" not in parameter.routes:
             note += f" For {' and '.join(parameter.routes)}."
-        elif parameter.offered is not None and len(parameter.offered) == 1:
-            note += f" **Not yet**: only `{str(parameter.offered[0]).lower()}`."
         rows.append(f"| {names} | {values(parameter)} | {parameter.default} | {parameter.handling} | {note} |")
     return "\n".join(rows)
 

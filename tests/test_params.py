@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from flux_local.errors import FluxError, InvalidValue, MissingParameter, ModelNotFound, NotAvailable
-from flux_local.params import OPENAI_NAMES, PARAMETERS, GenerationParams, ModelInfo, from_form, generation_params
+from flux_local.forms import from_form
+from flux_local.params import OPENAI_NAMES, PARAMETERS, GenerationParams, ModelInfo, generation_params
+from flux_local.plan import check_of
 from flux_local.sizes import CanvasRange
 
 MODEL = ModelInfo("some-folder", CanvasRange(128**2, 192**2), 12, 4.5)
@@ -82,13 +85,30 @@ def test_bad_values_name_the_parameter(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("enable_safety_checker", True)],
+    ("given", "check"),
+    [({}, None), ({"enable_safety_checker": True}, True), ({"disable_safety_checker": True}, False),
+     ({"enable_safety_checker": False, "disable_safety_checker": True}, False)],
 )  # fmt: skip
-def test_what_this_version_does_not_offer_says_so(name: str, value: Any) -> None:
-    with pytest.raises(NotAvailable) as caught:
-        parse(**{name: value})
-    assert caught.value.param == name
+def test_the_safety_checker_by_two_opposite_names(given: dict[str, bool], check: bool | None) -> None:
+    assert parse(**given).check is check
+    with pytest.raises(InvalidValue, match="contradict"):
+        parse(enable_safety_checker=True, disable_safety_checker=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "optional", "looks"),
+    [(None, True, False, True), (True, True, False, True), (False, True, True, False), (None, False, False, False),
+     (False, False, False, False), (True, False, False, None), (False, True, False, None)],
+)  # fmt: skip
+def test_who_decides_about_the_safety_checker(
+    asked: bool | None, has: bool, optional: bool, looks: bool | None
+) -> None:
+    params = replace(parse(), check=asked)
+    if looks is not None:
+        assert check_of(params, has, optional) is looks
+        return
+    with pytest.raises(NotAvailable):
+        check_of(params, has, optional)
 
 
 @pytest.mark.parametrize("name", ["cfg_scale", "guidance_scale", "guidance"])

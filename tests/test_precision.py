@@ -17,9 +17,10 @@ from PIL import Image
 
 from flux_local.model.fp8 import Fp8Linear, RoundedLinear, in_fp8, rounded
 from flux_local.model.latents import initial_noise
+from flux_local.model.layers import Linear
 from flux_local.model.loader import Pipeline
 from flux_local.model.ops import LARGEST, Layout, Ops, quantised
-from flux_local.model.transformer import FluxTransformer, Geometry, Linear
+from flux_local.model.transformer import FluxTransformer, Geometry
 from tests.servers import Server, pictures, running
 from tests.test_transformer import SMALL, prompt_of, random_module
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flux_local.params import PARAMETERS, ModelInfo, Parameter, Route
+from flux_local.params import MAX_LORA_SCALE, MAX_LORAS, PARAMETERS, ModelInfo, Parameter, Route
 
 ERROR = {
     "type": "object",
@@ -125,6 +125,16 @@ FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
+LORA = {
+    "type": "object",
+    "required": ["path"],
+    "properties": {
+        "path": {"type": "string"},
+        "scale": {"type": "number", "minimum": -MAX_LORA_SCALE, "maximum": MAX_LORA_SCALE},
+    },
+}
+
+
 def answers(schema: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
     """What a route may answer: this schema, or without one the pictures, now, streamed or promised; and errors."""
     if schema is not None:
@@ -139,15 +149,11 @@ def property_of(parameter: Parameter, required: bool) -> dict[str, Any]:
     kinds: dict[str, Any] = {
         "file": {"type": "string", "format": "binary"},
         "number or string": {"type": ["number", "string", "null"], "exclusiveMinimum": 0},
-        "list": {"type": ["array", "null"], "items": {"type": "object"}},
+        "list": {"type": ["array", "null"], "items": LORA, "maxItems": MAX_LORAS},
     }
     found = kinds.get(parameter.kind) or {"type": [parameter.kind, "null"]}
     found["description"] = f"{parameter.description} Default: {parameter.default}."
-    values = parameter.offered or parameter.choices
-    if parameter.kind == "list":
-        if parameter.offered == ([],):
-            found["maxItems"] = 0
-    elif values:
+    if values := parameter.choices:
         found["enum"] = (
             [*values, *map(float, values), None] if parameter.kind == "number or string" else [*values, None]
         )

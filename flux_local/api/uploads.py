@@ -24,7 +24,8 @@ from flux_local.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
-from flux_local.params import BY_NAME, from_form
+from flux_local.forms import from_form
+from flux_local.params import BY_NAME
 from flux_local.plan import Source
 
 BODY_LIMIT = 64_000_000

@@ -15,11 +15,11 @@ from flux_local import loras
 from flux_local.config import Settings
 from flux_local.decoder import SafeDecoder
 from flux_local.dispatch import Dispatcher
-from flux_local.errors import DeadlineExceeded
+from flux_local.errors import DeadlineExceeded, ModerationBlocked
 from flux_local.history import History
 from flux_local.messages import Done, Partial, Step
 from flux_local.params import GenerationParams, ModelInfo
-from flux_local.plan import Plan, Source, precision_of
+from flux_local.plan import Plan, Source, check_of, precision_of
 from flux_local.store import Store
 
 
@@ -41,9 +41,11 @@ class Services:
 
         Raises:
             InvalidValue, NotFound: an adapter that is not there or no adapter.
+            NotAvailable: as `plan.check_of`.
         """
         adapters = loras.find(self.settings.loras_folder(), params.loras)
-        return Plan(params, source, self.model.name, self.settings.png_metadata, adapters)
+        check = check_of(params, self.settings.safety_folder() is not None, self.settings.safety_optional)
+        return Plan(params, source, self.model.name, self.settings.png_metadata, adapters, check)
 
     def precision(self, params: GenerationParams) -> str:
         """As `plan.precision_of`; empty until the engine has said what it has."""
@@ -102,6 +104,8 @@ class Work:
         except* Exception as failures:
             raise first_of(failures) from None
         results = [task.result() for task in tasks]
+        if all(done.flagged for _, done in results):
+            raise ModerationBlocked("The safety checker left out every picture. Change the prompt.")
         return self._body(results, time.monotonic() - started)
 
     def headers(self, body: dict[str, Any]) -> dict[str, str]:
@@ -122,7 +126,7 @@ class Work:
     async def _picture(
         self, index: int, deadline: float, on_event: OnEvent | None, on_picture: OnPicture | None
     ) -> tuple[dict[str, Any], Done]:
-        """One picture: its entry of `data`, and the engine's account of it."""
+        """One picture: its entry of `data`, empty where it was flagged, and the engine's account of it."""
         if self.plan.untouched:
             done = Done("", b"", 0, self.params.prompt, 0.0, 0.0, 0.0, 0.0)
             data = await asyncio.to_thread(self.plan.file, index)
@@ -130,6 +134,8 @@ class Work:
             job = await asyncio.to_thread(self.plan.job, f"{self.id}-{index}", index, self.owner, deadline)
             notify = None if on_event is None else lambda event: on_event(index, event)
             done = await self.services.dispatcher.draw(job, notify)
+            if done.flagged:
+                return {}, done
             data = await asyncio.to_thread(self.plan.file, index, done.pixels)
         item = await self._item(data, index, done)
         if on_picture is not None:
@@ -151,8 +157,9 @@ class Work:
         done = [d for _, d in results]
         return {
             "created": int(time.time()),
-            "data": [item for item, _ in results],
+            "data": [item for item, done in results if not done.flagged],
             **self.facts(),
+            **({"flagged": sum(d.flagged for d in done)} if self.plan.check else {}),
             "usage": self.usage(done[0], len(done)),
             "timings": timings(done, total),
             "id": self.id,

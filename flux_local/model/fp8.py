@@ -15,8 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flux_local.model.layers import Linear
 from flux_local.model.ops import Activation, Rows, quantised
-from flux_local.model.transformer import FluxTransformer, Linear
+from flux_local.model.transformer import FluxTransformer
 
 ADA = (8, 9)
 """CUDA capability from which there are fp8 products."""

@@ -15,13 +15,14 @@ from flux_local.errors import NotAvailable, WeightsError
 from flux_local.model.denoiser import Denoiser, Keep, Picture, Transformer, noised
 from flux_local.model.fp8 import in_fp8
 from flux_local.model.latents import initial_noise
+from flux_local.model.layers import Weights
 from flux_local.model.lora import Adapters, Choice
 from flux_local.model.ops import Layout, Ops
 from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.schedule import FlowSchedule
 from flux_local.model.selfcheck import Sizes, accelerated
 from flux_local.model.text import PromptCache, PromptEmbedding, PromptEncoder
-from flux_local.model.transformer import FluxTransformer, Geometry, Weights
+from flux_local.model.transformer import FluxTransformer, Geometry
 from flux_local.model.vae import Autoencoder
 
 PROMPT_CACHE_BYTES = 256 << 20

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from flux_local.errors import InvalidValue
 from flux_local.model import memory
-from flux_local.model.transformer import FluxTransformer, Linear, Weights
+from flux_local.model.layers import Linear, Weights
+from flux_local.model.transformer import FluxTransformer
 
 KEPT = 8
 """Adapters that are kept in memory beyond their use."""

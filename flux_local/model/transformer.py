@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flux_local.model.graphs import Graphs
 from flux_local.model.latents import position_ids
+from flux_local.model.layers import Linear, Weights, joined, linear, mlp
 from flux_local.model.ops import Activation, Layout, Ops, Site, Vectors, part
 from flux_local.model.text import PromptEmbedding
 
@@ -32,10 +33,6 @@ SINUSOIDS = 256
 """Features of a time or a guidance scale before its MLP."""
 TIMESTEPS = 1000
 """The transformer's time runs from 0 to this, and guidance is multiplied by it; sigma is a thousandth."""
-
-Weights = Callable[[str], Tensor]
-"""A tensor by its name in diffusers' state dict, in the precision and on the device that it is to have."""
-
 
 Branch = Callable[[Activation, Tensor, Layout], Tensor]
 """Normalised rows, the rotary table and the layout → what is added to the residual stream."""
@@ -63,42 +60,6 @@ class Geometry:
     @property
     def width(self) -> int:
         return self.heads * self.head_size
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = x·Wᵀ + b. `weight` is [out, in].
-
-    `parts`: the layers of diffusers' module that it is made of, by name, and how many outputs each of them has.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    parts: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
-
-    def load(self, weight: Tensor) -> None:
-        """Another weight [out, in] in the same memory, so that what was recorded with it stays good."""
-        self.weight.copy_(weight)
-
-    def __call__(self, x: Activation) -> Tensor:
-        assert isinstance(x, Tensor)
-        return F.linear(x, self.weight, self.bias)
-
-    def into(self, out: Tensor, x: Activation) -> None:
-        """Writes y to `out` [rows, out]; both of any row stride."""
-        assert isinstance(x, Tensor)
-        torch.addmm(self.bias, x, self.weight.t(), out=out)
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """Two layers with SiLU between."""
-
-    first: Linear
-    second: Linear
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.second(F.silu(self.first(x)))
 
 
 @dataclass(frozen=True)
@@ -362,25 +323,6 @@ def modulation(geometry: Geometry, weights: Weights) -> Linear:
         names += [f"transformer_blocks.{i}.norm1.linear", f"transformer_blocks.{i}.norm1_context.linear"]
     names += [f"single_transformer_blocks.{i}.norm.linear" for i in range(geometry.single_blocks)]
     return joined(weights, *names, "norm_out.linear")
-
-
-def linear(weights: Weights, name: str) -> Linear:
-    weight = weights(f"{name}.weight")
-    return Linear(weight, weights(f"{name}.bias"), parts=((name, len(weight)),))
-
-
-def joined(weights: Weights, *names: str) -> Linear:
-    """Several layers of the same input as one: their outputs side by side."""
-    layers = [linear(weights, name) for name in names]
-    return Linear(
-        torch.cat([layer.weight for layer in layers]),
-        torch.cat([layer.bias for layer in layers]),
-        parts=tuple(part for layer in layers for part in layer.parts),
-    )
-
-
-def mlp(weights: Weights, name: str) -> Mlp:
-    return Mlp(linear(weights, f"{name}.linear_1"), linear(weights, f"{name}.linear_2"))
 
 
 def double_block(weights: Weights, name: str) -> DoubleBlock:

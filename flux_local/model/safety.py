@@ -1,0 +1,112 @@
+"""The safety checker: a local image classifier that looks at finished pictures, beside the steps and not between them.
+
+Any folder that `AutoModelForImageClassification` loads will do, as long as one of its labels is among those that mean
+"leave this out". Knows nothing of requests, nor of what is done with a flagged picture.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flux_local.errors import WeightsError
+
+log = logging.getLogger("flux_local.safety")
+
+Key = tuple[str, int | None]
+"""A job, and which of its partial pictures; None for the finished one."""
+
+AT_ONCE = 8
+"""Pictures in one batch of the classifier."""
+
+
+class Classifier:
+    """Says of pictures whether they are to be left out.
+
+    Args:
+        labels: the names, in any case of letters, that mean so; those that the model does not have are no matter.
+        threshold: the probability of all of them together from which on a picture is flagged.
+
+    Raises:
+        WeightsError: the folder cannot be loaded, or has none of the labels.
+    """
+
+    def __init__(self, folder: Path, device: str, labels: frozenset[str], threshold: float) -> None:
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        try:
+            self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+            model: Any = AutoModelForImageClassification.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            raise WeightsError(
+                f"Cannot load the safety checker in {folder}: {type(error).__name__}. Copy it again, or set "
+                "--safety-checker off."
+            ) from error
+        names: dict[int, str] = model.config.id2label
+        self.unsafe = [index for index, name in names.items() if name.lower() in labels]
+        if not self.unsafe:
+            raise WeightsError(
+                f"The safety checker in {folder} has none of the labels {', '.join(sorted(labels))}; it has "
+                f"{', '.join(names.values())}. Say with --safety-labels which of them to leave out."
+            )
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.device, self.threshold = device, threshold
+
+    @torch.inference_mode()
+    def flagged(self, pictures: list[np.ndarray]) -> list[bool]:
+        """One verdict for each picture, [height, width, 3] uint8."""
+        inputs = self.processor(images=pictures, return_tensors="pt").to(self.device)
+        chances = self.model(**inputs).logits.float().softmax(dim=-1)
+        # What is not a number is not known to be harmless.
+        return [not bool(chance < self.threshold) for chance in chances[:, self.unsafe].sum(dim=-1)]
+
+
+class SafetyChecker:
+    """A classifier with a thread of its own. Pictures go in at any time; verdicts are picked up between steps."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
+        self.waiting = 0
+        """Pictures without a verdict yet."""
+        self._in: queue.SimpleQueue[tuple[Key, np.ndarray]] = queue.SimpleQueue()
+        self._out: queue.SimpleQueue[tuple[Key, bool]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="safety", daemon=True).start()
+
+    def submit(self, key: Key, pixels: bytes, width: int, height: int) -> None:
+        """Has a picture looked at: RGB rows, `width` · `height` of them."""
+        self.waiting += 1
+        self._in.put((key, np.frombuffer(pixels, np.uint8).reshape(height, width, 3)))
+
+    def verdicts(self, patience: float) -> list[tuple[Key, bool]]:
+        """What has been decided: key, and whether flagged. Waits at most `patience` seconds for the first."""
+        found: list[tuple[Key, bool]] = []
+        while self.waiting:
+            try:
+                found.append(self._out.get(timeout=0 if found or not patience else patience))
+            except queue.Empty:
+                break
+            self.waiting -= 1
+        return found
+
+    def _run(self) -> None:
+        while True:
+            batch = [self._in.get()]
+            while len(batch) < AT_ONCE and not self._in.empty():
+                batch.append(self._in.get())
+            for key, flagged in zip([key for key, _ in batch], self._look([p for _, p in batch]), strict=True):
+                self._out.put((key, flagged))
+
+    def _look(self, pictures: list[np.ndarray]) -> list[bool]:
+        try:
+            return self.classifier.flagged(pictures)
+        except Exception:  # the thread's boundary: a picture that nobody could look at is not given out
+            log.exception("the safety checker failed; its pictures are left out")
+            return [True] * len(pictures)

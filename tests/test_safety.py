@@ -1,0 +1,94 @@
+"""The safety checker on a real server, with a tiny classifier that takes circles for unsafe."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.servers import ROOT, Server, pictures, running, started
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+CIRCLE = {"prompt": "a large red circle on a white background", "size": "128x128", "seed": 1,
+          "response_format": "b64_json"}  # fmt: skip
+STAR = {**CIRCLE, "prompt": "a large red star on a white background"}
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    command = [sys.executable, ROOT / "scripts" / "train_classifier.py", "--out", folder, "--shape", "circle"]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory, classifier: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("checked")
+    with running(folder, "--safety-model", str(classifier), "--safety-checker", "on") as server:
+        yield server
+
+
+def test_a_flagged_picture_is_not_given_out(checked: Server) -> None:
+    answer = checked.post(CIRCLE)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["type"]) == ("moderation_blocked", "image_generation_user_error")
+    good = checked.post(STAR)
+    assert (len(pictures(good)), good.json()["flagged"]) == (1, 0)
+
+
+def test_of_several_pictures_the_flagged_are_left_out_and_counted(checked: Server, tmp_path: Path) -> None:
+    body = {**CIRCLE, "prompt": "a large red shape on a white background", "n": 10}
+    with_all = {item["seed"] for item in all_of(body, tmp_path)}
+    answer = checked.post(body)
+    if answer.status_code == 400:
+        pytest.fail("every one of ten seeds was a circle; choose another prompt")
+    found = answer.json()
+    kept = {item["seed"] for item in found["data"]}
+    assert found["flagged"] == len(with_all) - len(kept)
+    assert kept <= with_all
+    again = checked.post(body).json()
+    assert [item["seed"] for item in again["data"]] == [item["seed"] for item in found["data"]]
+
+
+def all_of(body: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The data of a server without a checker."""
+    with running(folder, "--safety-checker", "off") as server:
+        answer = server.post(body)
+        assert "flagged" not in answer.json()
+        data: list[dict[str, Any]] = answer.json()["data"]
+        return data
+
+
+def test_nothing_of_a_flagged_picture_is_streamed(checked: Server) -> None:
+    body = {**CIRCLE, "stream": True, "partial_images": 2}
+    with httpx.stream("POST", f"{checked.url}/v1/images/generations", json=body, timeout=60) as answer:
+        events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
+    assert events[-1]["error"]["code"] == "moderation_blocked"
+    assert not [event for event in events if event.get("type") == "image_generation.completed"]
+
+
+def test_a_request_cannot_turn_it_off_unless_it_may(checked: Server, classifier: Path, tmp_path: Path) -> None:
+    for off in ({"enable_safety_checker": False}, {"disable_safety_checker": True}):
+        answer = checked.post({**CIRCLE, **off})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_available")
+    with running(tmp_path, "--safety-model", str(classifier), "--safety-optional") as server:
+        assert pictures(server.post({**CIRCLE, "enable_safety_checker": False}))
+        assert server.post(CIRCLE).status_code == 400
+
+
+@pytest.mark.parametrize("labels", [("--safety-labels", "weapons"), ()])
+def test_a_checker_that_is_none_prevents_the_start(classifier: Path, tmp_path: Path, labels: tuple[str, ...]) -> None:
+    folder = classifier if labels else tmp_path / "nothing"
+    flags = ("--safety-checker", "on", "--safety-model", str(folder), *labels)
+    with started(tmp_path, *flags) as server:
+        assert server.process.wait(timeout=60) == 4
+        assert ("normal, nsfw" if labels else "no classifier") in server.output
