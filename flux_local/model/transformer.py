@@ -277,8 +277,8 @@ def recorded(transformer: FluxTransformer) -> Callable[..., Tensor]:
 
 def each_stream(text: Linear, image: Linear, out: Tensor, x: Activation, layout: Layout) -> Tensor:
     """The text's rows through one layer, the image's through another, into one buffer; returns that."""
-    for linear, rows in ((text, slice(0, layout.text_rows)), (image, slice(layout.text_rows, None))):
-        linear.into(out[rows], part(x, rows))
+    for layer, rows in ((text, slice(0, layout.text_rows)), (image, slice(layout.text_rows, None))):
+        layer.into(out[rows], part(x, rows))
     return out
 
 
