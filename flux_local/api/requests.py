@@ -65,14 +65,26 @@ class Requests:
         """
         with self._admitted(work):
             if work.params.sync_mode:
-                doing = work.run(on_event, on_picture)
-            else:
-                await self.services.history.add(work.id, work.owner, route, as_run(work.params), None, "running")
-                doing = self._tracked(work, on_event, on_picture)
-            self.synchronous += 1
-            task = self._spawn(work, doing)
-            task.add_done_callback(self._answered)
+                return self._answering(work, work.run(on_event, on_picture))
+            # The account is written while the work begins; what is written later waits for it, in order.
+            adding = asyncio.ensure_future(
+                self.services.history.add(work.id, work.owner, route, as_run(work.params), None, "running")
+            )
+            task = self._answering(work, self._tracked(work, on_event, on_picture))
+            try:
+                await adding
+            except BaseException:
+                task.cancel()
+                await asyncio.wait([task])
+                raise
             return task
+
+    def _answering(self, work: Work, doing: Coroutine[Any, Any, dict[str, Any]]) -> asyncio.Task[dict[str, Any]]:
+        """Work whose client waits."""
+        self.synchronous += 1
+        task = self._spawn(work, doing)
+        task.add_done_callback(self._answered)
+        return task
 
     def _answered(self, _: object) -> None:
         self.synchronous -= 1

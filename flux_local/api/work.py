@@ -131,7 +131,9 @@ class Work:
             done = Done("", b"", 0, self.params.prompt, 0.0, 0.0, 0.0, 0.0)
             data = await asyncio.to_thread(self.plan.file, index)
         else:
-            job = await asyncio.to_thread(self.plan.job, f"{self.id}-{index}", index, self.owner, deadline)
+            arguments = (f"{self.id}-{index}", index, self.owner, deadline)
+            has_pixels = self.plan.source is not None
+            job = await asyncio.to_thread(self.plan.job, *arguments) if has_pixels else self.plan.job(*arguments)
             notify = None if on_event is None else lambda event: on_event(index, event)
             done = await self.services.dispatcher.draw(job, notify)
             if done.flagged:
