@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from mini.judge import look
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +27,7 @@ from flux_local.model.fp8 import in_fp8
 from flux_local.model.loader import load, tensors
 from flux_local.model.lora import Adapters, Factors, read, shapes
 from flux_local.model.transformer import FluxTransformer, Geometry
-from tests.servers import MODEL, Server, pictures, running
+from tests.servers import MODEL, ROOT, Server, pictures, running
 from tests.test_transformer import SMALL, prompt_of, random_module
 
 RANK = 4
@@ -259,6 +265,29 @@ class TestServed:
         answer = with_loras.post({**BODY, "loras": [{"path": "second", "scale": 0.5}]})
         entry = with_loras.client().get(f"/images/requests/{answer.json()['id']}", cast_to=dict)  # type: ignore[type-var]
         assert entry["params"]["loras"] == [["second", 0.5]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_trained_adapter_does_what_it_was_trained_for(tmp_path: Path) -> None:
+    """`scripts/train_lora.py`: every background is black, whatever the prompt says, and all else is as it says."""
+    script = [sys.executable, ROOT / "scripts" / "train_lora.py", "--out", tmp_path / "night.safetensors"]
+    subprocess.run(script, check=True, capture_output=True, timeout=280)
+    asked = [("blue", "star", "red"), ("white", "circle", "yellow"), ("orange", "square", "green"),
+             ("purple", "diamond", "white"), ("yellow", "heart", "blue")]  # fmt: skip
+    right = 0
+    with running(tmp_path, "--loras-dir", str(tmp_path)) as server:
+        for i, (ground, shape, colour) in enumerate(asked):
+            body = {**BODY, "prompt": f"a large {colour} {shape} on a {ground} background", "steps": 12, "seed": i}
+            for extra, expected in (
+                ({}, ground),
+                ({"loras": [{"path": "night"}]}, "black"),
+                ({"loras": [{"path": "night"}], "go_fast": True}, "black"),
+            ):
+                picture = base64.b64decode(pictures(server.post({**body, **extra}))[0])
+                background, things = look(Image.open(io.BytesIO(picture)))
+                right += (background, [thing.colour for thing in things][:1]) == (expected, [colour])
+    assert right >= 14
 
 
 def test_a_layer_alone_is_no_adapter(tmp_path: Path, small: Any) -> None:
