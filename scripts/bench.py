@@ -45,6 +45,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TRACE_SIDES = (128, 160, 192)
 PROMPT = "a large red star on a blue background"
+PAUSE = 0.05
+"""Seconds before each of two that take turns: OpenMP's threads spin for some milliseconds after their last work, on the
+cores of whoever comes next."""
 
 
 def options() -> argparse.Namespace:
@@ -166,13 +169,18 @@ def client_of(o: argparse.Namespace, url: str, connections: int) -> httpx.Client
 
 
 def added(o: argparse.Namespace, draw: Callable[[int], None], url: str) -> dict[str, float]:
-    """The bare pipeline and a lone client in turns."""
+    """The bare pipeline and a lone client in turns, each after a pause."""
+
+    def rested(call: Callable[[], None]) -> float:
+        time.sleep(PAUSE)
+        return timed(call)
+
     with client_of(o, url, 1) as client:
         request = requester(o, client)
         for seed in range(-3, 0):
             draw(seed)
             request(seed)
-        pairs = [(timed(partial(draw, seed)), timed(partial(request, seed))) for seed in range(o.requests)]
+        pairs = [(rested(partial(draw, seed)), rested(partial(request, seed))) for seed in range(o.requests)]
     return {
         "bare_pipeline_s": statistics.median(b for b, _ in pairs),
         "server_s": statistics.median(s for _, s in pairs),

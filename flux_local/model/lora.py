@@ -120,7 +120,7 @@ def shapes(transformer: FluxTransformer) -> dict[str, tuple[int, int]]:
 
 
 def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
-    """A file in diffusers', Kohya's, XLabs' or BFL's layout.
+    """A file in diffusers', Kohya's or XLabs' layout.
 
     Raises:
         InvalidValue: not safetensors, a layout that nobody knows, or layers that this model does not have.
