@@ -266,14 +266,14 @@ def check_of(given: Mapping[str, Any]) -> bool | None:
 def loras_of(given: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     """Names and scales, from either form; a scale of 0 is as good as none."""
     listed: list[Any] = given.get("loras", [])
-    if "lora_weights" in given:
-        one = {"path": given["lora_weights"], "scale": given.get("lora_scale", 1)}
-        if listed and listed != [one]:
-            raise InvalidValue("'loras' and 'lora_weights' are one parameter with two values; send one.", param="loras")
-        listed = [one]
     if len(listed) > MAX_LORAS:
         raise InvalidValue(f"'loras' may name at most {MAX_LORAS} adapters.", param="loras")
     found = [lora_of(entry) for entry in listed]
+    if "lora_weights" in given:
+        one = [lora_of({"path": given["lora_weights"], "scale": given.get("lora_scale", 1)})]
+        if found and found != one:
+            raise InvalidValue("'loras' and 'lora_weights' are one parameter with two values; send one.", param="loras")
+        found = one
     if len({name for name, _ in found}) < len(found):
         raise InvalidValue("'loras' names an adapter twice; give it once, with the scales added.", param="loras")
     return tuple((name, scale) for name, scale in found if scale)

@@ -151,6 +151,8 @@ def test_adapters_by_either_form() -> None:
     assert parse(loras=[{"path": "a", "scale": 0}]).loras == parse().loras == ()
     with pytest.raises(InvalidValue, match="two values"):
         parse(loras=["a"], lora_weights="b")
+    with pytest.raises(InvalidValue, match="must be a list"):
+        parse(loras=[{"path": "a", "scale": False}], lora_weights="a", lora_scale=0)
 
 
 def test_forms_mean_what_json_says() -> None:
