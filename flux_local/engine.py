@@ -155,7 +155,7 @@ class Engine:
 
     def next_batch(self) -> list[Work]:
         """The scheduler's choice, less those whose beginning would make pictures under way wait more than one's."""
-        chosen = [self.work[id] for id in self.scheduler.next_batch(time.monotonic())]
+        chosen = [self.work[id] for id in self.scheduler.next_batch()]
         under_way = any(work.picture is not None for work in chosen)
         for work in chosen:
             if work.picture is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from heapq import nsmallest
 
 AGEING = 0.5
 """Of the seconds a job has waited, the share taken off its remaining cost. A job of R seconds that has waited R /
@@ -40,13 +41,14 @@ class Entry:
     family: Hashable = None
     order: int = field(default=0)
 
-    def priority(self, now: float) -> tuple[float, int]:
-        """Less is sooner: remaining seconds, less what it has earned by waiting; then first come."""
-        return (self.steps_left * self.step_cost - AGEING * (now - self.arrived), self.order)
-
-    def kind(self) -> Hashable:
+    def __post_init__(self) -> None:
+        self.kind: Hashable = (self.canvas, self.family, self.id if self.alone else None)
         """What jobs must have in common to share a step."""
-        return (self.canvas, self.family, self.id if self.alone else None)
+
+    def priority(self) -> float:
+        """Less is sooner: remaining seconds, less what waiting has earned. That grows alike for all, so that the
+        time of arrival stands for it."""
+        return self.steps_left * self.step_cost + AGEING * self.arrived
 
 
 class Scheduler:
@@ -82,14 +84,17 @@ class Scheduler:
         """True if the job was there."""
         return self.entries.pop(id, None) is not None
 
-    def next_batch(self, now: float) -> list[str]:
+    def next_batch(self) -> list[str]:
         """The most urgent job and those that go with it; empty only if there is nothing to do."""
         if not self.entries:
             return []
-        urgent = sorted(self.entries.values(), key=lambda e: (self.served[e.owner], *e.priority(now)))
-        first = urgent[0]
-        alike = [e for e in urgent if e.kind() == first.kind()]
-        return [e.id for e in self.fitting(alike)]
+
+        def urgency(entry: Entry) -> tuple[float, float, int]:
+            return (self.served[entry.owner], entry.priority(), entry.order)
+
+        first = min(self.entries.values(), key=urgency)
+        alike = [entry for entry in self.entries.values() if entry.kind == first.kind]
+        return [entry.id for entry in self.fitting(nsmallest(self.rows_limit(first.canvas), alike, key=urgency))]
 
     def fitting(self, alike: list[Entry]) -> list[Entry]:
         """As many of them, in order, as make up the largest number of rows allowed; the first in any case."""

@@ -23,52 +23,52 @@ def filled(limit: int, *entries: Entry) -> Scheduler:
 
 
 def test_nothing_to_do() -> None:
-    assert filled(4).next_batch(0) == []
+    assert filled(4).next_batch() == []
 
 
 def test_shortest_remaining_cost_first() -> None:
-    assert filled(1, entry("long", 50), entry("short", 4)).next_batch(0) == ["short"]
-    assert filled(1, entry("large", 4, cost=9.0), entry("small", 8)).next_batch(0) == ["small"]
+    assert filled(1, entry("long", 50), entry("short", 4)).next_batch() == ["short"]
+    assert filled(1, entry("large", 4, cost=9.0), entry("small", 8)).next_batch() == ["small"]
 
 
 def test_equal_jobs_go_in_order_of_arrival() -> None:
-    assert filled(1, entry("a", 4), entry("b", 4)).next_batch(0) == ["a"]
+    assert filled(1, entry("a", 4), entry("b", 4)).next_batch() == ["a"]
 
 
 def test_waiting_earns_precedence() -> None:
     scheduler = filled(1, entry("old", 50, arrived=0), entry("new", 4, arrived=100))
-    assert scheduler.next_batch(100) == ["old"]
+    assert scheduler.next_batch() == ["old"]
 
 
 def test_one_canvas_a_batch() -> None:
     scheduler = filled(4, entry("a", 4), entry("wide", 5, width=192), entry("b", 6), entry("c", 7), entry("d", 8))
-    assert scheduler.next_batch(0) == ["a", "b", "c", "d"]
+    assert scheduler.next_batch() == ["a", "b", "c", "d"]
 
 
 def test_the_limit_holds_and_sizes_are_few() -> None:
     jobs = [entry(str(i), 4) for i in range(9)]
-    assert [len(filled(limit, *jobs).next_batch(0)) for limit in (1, 2, 3, 4, 7, 8)] == [1, 2, 2, 4, 4, 8]
-    assert [len(filled(8, *jobs[:n]).next_batch(0)) for n in (1, 2, 3, 5)] == [1, 2, 2, 4]
+    assert [len(filled(limit, *jobs).next_batch()) for limit in (1, 2, 3, 4, 7, 8)] == [1, 2, 2, 4, 4, 8]
+    assert [len(filled(8, *jobs[:n]).next_batch()) for n in (1, 2, 3, 5)] == [1, 2, 2, 4]
 
 
 def test_a_guided_job_is_two_rows() -> None:
-    assert filled(4, entry("g", 4, rows=2), entry("a", 5), entry("b", 6)).next_batch(0) == ["g", "a", "b"]
-    assert filled(2, entry("g", 4, rows=2), entry("a", 5)).next_batch(0) == ["g"]
-    assert filled(1, entry("g", 4, rows=2), entry("a", 5)).next_batch(0) == ["g"]
+    assert filled(4, entry("g", 4, rows=2), entry("a", 5), entry("b", 6)).next_batch() == ["g", "a", "b"]
+    assert filled(2, entry("g", 4, rows=2), entry("a", 5)).next_batch() == ["g"]
+    assert filled(1, entry("g", 4, rows=2), entry("a", 5)).next_batch() == ["g"]
 
 
 def test_one_that_has_to_be_alone_is() -> None:
     scheduler = filled(4, entry("a", 4, alone=True), entry("b", 5), entry("c", 6, alone=True))
-    assert scheduler.next_batch(0) == ["a"]
+    assert scheduler.next_batch() == ["a"]
     scheduler.remove("a")
-    assert scheduler.next_batch(0) == ["b"]
+    assert scheduler.next_batch() == ["b"]
 
 
 def test_keys_take_turns_by_what_they_have_had() -> None:
     scheduler = filled(1, *(entry(f"many{i}", 10, owner="x") for i in range(9)), entry("one", 10, owner="y"))
     turns = []
     for _ in range(20):
-        (id,) = scheduler.next_batch(0)
+        (id,) = scheduler.next_batch()
         turns.append(scheduler.entries[id].owner)
         if scheduler.stepped(id, 1.0) == 0:
             scheduler.remove(id)
@@ -78,11 +78,11 @@ def test_keys_take_turns_by_what_they_have_had() -> None:
 def test_absence_earns_no_credit() -> None:
     scheduler = filled(1, entry("a", 100, owner="x"))
     for _ in range(50):
-        scheduler.stepped(scheduler.next_batch(0)[0], 1.0)
+        scheduler.stepped(scheduler.next_batch()[0], 1.0)
     scheduler.add(entry("b", 100, owner="y"))
     turns = []
     for _ in range(20):
-        (id,) = scheduler.next_batch(0)
+        (id,) = scheduler.next_batch()
         scheduler.stepped(id, 1.0)
         turns.append(id)
     assert turns.count("a") == 10
@@ -101,7 +101,7 @@ def test_no_job_waits_beyond_the_bound(jobs: list[tuple[int, int, int]], limit: 
         while waiting and waiting[0][0] <= now:
             arrived, id, steps, width = waiting.pop(0)
             scheduler.add(entry(id, steps, width=width, arrived=arrived))
-        for id in scheduler.next_batch(now):
+        for id in scheduler.next_batch():
             if scheduler.stepped(id, 1.0) == 0:
                 finished[id] = now + 1
                 scheduler.remove(id)
@@ -147,7 +147,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.steps)
     @rule()
     def step(self) -> None:
-        batch = self.scheduler.next_batch(self.now)
+        batch = self.scheduler.next_batch()
         self.now += 1.0
         assert batch, "work is never left lying"
         assert len(set(batch)) == len(batch)
