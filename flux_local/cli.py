@@ -15,6 +15,7 @@ import flux_local
 from flux_local import config, params
 from flux_local.download import REPOSITORY
 from flux_local.errors import FluxError, InvalidImage, MissingParameter, StartError
+from flux_local.model.checkpoint import TOKENIZERS
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -64,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     download.add_argument("repository", nargs="?", default=REPOSITORY, help=f"default: {REPOSITORY}")
     download.add_argument("--to", metavar="FOLDER", help="default: weights/ and the model's name")
     download.add_argument("--revision", help="a branch, tag or commit of it (default: its newest)")
+    download.add_argument("--only", choices=["tokenizers"], help="what a checkpoint of single files lacks")
 
     doctor = commands.add_parser("doctor", help="check everything that a start depends on")
     doctor.set_defaults(run=run_doctor)
@@ -143,15 +145,16 @@ def run_download(options: argparse.Namespace) -> int:
     from flux_local import download
 
     folder = Path(options.to or Path("weights") / options.repository.rpartition("/")[2])
+    only = TOKENIZERS if options.only == "tokenizers" else ()
     token = None
     try:
-        plan = download.plan(options.repository, options.revision, token)
+        plan = download.plan(options.repository, options.revision, token, only)
     except download.Denied as denied:
         if download.default_token() or not sys.stdin.isatty():
             raise
         print(f"flux-local: {denied.message}", file=sys.stderr)
         token = getpass.getpass("Token (not shown): ").strip()
-        plan = download.plan(options.repository, options.revision, token)
+        plan = download.plan(options.repository, options.revision, token, only)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, disable=not sys.stderr.isatty(), console=Console(stderr=True)) as progress:
@@ -166,7 +169,8 @@ def run_download(options: argparse.Namespace) -> int:
 
         download.fetch(plan, folder, token, report)
     print(f"{len(plan.files)} files, {plan.size / 1e9:.2f} GB, checked: {folder}")
-    print(f"Next: flux-local serve --model {folder}")
+    if plan.whole:
+        print(f"Next: flux-local serve --model {folder}")
     return 0
 
 
@@ -220,7 +224,9 @@ def run_generate(options: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
         loading = bar.add_task(f"loading {model.name}", total=None)
-        pipeline = load(folder, pick_device(settings.device_list()[0]), settings.precisions, settings.reference)
+        pipeline = load(
+            weights.identify(folder), pick_device(settings.device_list()[0]), settings.precisions, settings.reference
+        )
         bar.remove_task(loading)
         precision_of(plan.params, pipeline.precisions)
         denoiser = pipeline.denoiser_for(plan.params.go_fast)

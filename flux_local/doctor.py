@@ -52,10 +52,10 @@ def check(name: str, look: Callable[[], str]) -> Verdict:
 
 
 def of_weights(settings: Settings) -> str:
-    folder = weights.find(settings.model)
-    weights.verify(folder)
-    size = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
-    return f"{weights.info(folder).name}, {size / 1e9:.2f} GB in {folder}"
+    path = weights.find(settings.model)
+    weights.verify(path)
+    size = sum(file.stat().st_size for file in weights.identify(path).files)
+    return f"{weights.info(path).name}, {size / 1e9:.2f} GB in {path}"
 
 
 def of_hashes(settings: Settings) -> str:

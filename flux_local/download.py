@@ -39,6 +39,8 @@ class Plan:
     files: dict[str, weights.Recorded]
     page: str
     """Where a person accepts the model's licence."""
+    whole: bool = True
+    """Whether the files make up a model."""
 
     @property
     def size(self) -> int:
@@ -59,8 +61,11 @@ def is_wanted(name: str) -> bool:
     return name.count("/") == 1 and Path(name).suffix in SUFFIXES
 
 
-def plan(repository: str, revision: str | None, token: str | None) -> Plan:
+def plan(repository: str, revision: str | None, token: str | None, only: tuple[str, ...] = ()) -> Plan:
     """Asks the hub what there is, and whether this token may have it.
+
+    Args:
+        only: folders of it that are wanted; all, if none is named.
 
     Raises:
         Denied: the licence is not accepted, or the token is wrong or missing. WeightsError: no such repository, or one
@@ -79,7 +84,9 @@ def plan(repository: str, revision: str | None, token: str | None) -> Plan:
     }
     if "model_index.json" not in files:
         raise WeightsError(f"{repository} holds no diffusers model: it has no model_index.json. Ask for another one.")
-    return Plan(repository, found.sha or "main", files, f"{api.endpoint}/{repository}")
+    if only:
+        files = {name: file for name, file in files.items() if name.partition("/")[0] in only}
+    return Plan(repository, found.sha or "main", files, f"{api.endpoint}/{repository}", whole=not only)
 
 
 def default_token() -> str | None:
@@ -113,7 +120,7 @@ def check_room(plan: Plan, folder: Path) -> None:
 
 
 def fetch(plan: Plan, folder: Path, token: str | None, report: Report = lambda name, count: None) -> None:
-    """Fetches what is missing, checks every byte against the hub's figures, and writes the manifest.
+    """Fetches what is missing, checks every byte against the hub's figures, and writes a model's manifest.
 
     A second call goes on where the first one stopped.
 
@@ -136,8 +143,9 @@ def fetch(plan: Plan, folder: Path, token: str | None, report: Report = lambda n
                     f"{name} arrived {TRIES} times with other bytes than {plan.repository} says it has, and was "
                     "deleted. A proxy on the way may change files; try another network."
                 )
-    weights.write_manifest(folder, plan.repository, plan.revision, plan.files)
-    weights.write_info(folder)
+    if plan.whole:
+        weights.write_manifest(folder, plan.repository, plan.revision, plan.files)
+        weights.write_info(folder)
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 

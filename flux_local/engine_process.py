@@ -73,7 +73,7 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
         from flux_local.model.loader import load
 
         device = pick_device(options.device)
-        pipeline = load(options.model, device, options.precisions, options.reference)
+        pipeline = load(weights.identify(options.model), device, options.precisions, options.reference)
         checker = safety_checker(options, device)
         loaded = time.monotonic()
         info = weights.info(options.model)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from flux_local.errors import InvalidValue, NotFound, WeightsError
-from flux_local.weights import said_size
+from flux_local.model.checkpoint import safetensors_header
 
 SUFFIX = ".safetensors"
 NAME = re.compile(r"[^\W_][\w .+()-]{0,150}")
@@ -34,7 +34,7 @@ def located(folder: Path, name: str, scale: float) -> tuple[str, float, int]:
     if not path.is_file():
         raise NotFound(f"This server has no adapter '{name}'. {known(folder)}", param="loras")
     try:
-        whole = said_size(path) == path.stat().st_size
+        whole = safetensors_header(path).size == path.stat().st_size
     except WeightsError:
         whole = False
     if not whole:

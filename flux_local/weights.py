@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flux_local.errors import WeightsError
+from flux_local.model import checkpoint
+from flux_local.model.checkpoint import Checkpoint, is_model
 from flux_local.params import ModelInfo
 from flux_local.sizes import CanvasRange
 from flux_local.steps import Masks
@@ -16,8 +18,8 @@ KREA = ModelInfo("FLUX.1-Krea-dev", CanvasRange(100_000, 4_200_000), 28, 4.5)
 """What applies to a FLUX.1 folder without a file of its own."""
 MANIFEST = "manifest.json"
 """What a download brought: each file's size and hash."""
-MAX_HEADER = 100_000_000
-"""Bytes: the format's own limit."""
+TOKENIZERS = ("FLUX.1-Krea-dev", "FLUX.1-dev", "FLUX.1-schnell")
+"""Models that may lend theirs: all FLUX.1 models have the same."""
 
 
 @dataclass(frozen=True)
@@ -29,67 +31,73 @@ class Recorded:
 
 
 def find(model: str) -> Path:
-    """The folder of a model given by path or by name.
-
-    A name is looked for under `weights/` here, beside the package's checkout, and inside the installed package.
+    """A model given by path or by name: a diffusers folder, a file of weights, or a folder of such files.
 
     Raises:
         WeightsError: nothing there.
     """
-    package = Path(__file__).resolve().parent
-    places = [
-        Path(model).expanduser(),
-        Path("weights") / model,
-        package.parent / "weights" / model,
-        package / "weights" / model,
-    ]
-    for place in places:
-        if (place / "model_index.json").is_file():
+    for place in (Path(model).expanduser(), *places(model)):
+        if is_model(place):
             return place.resolve()
     raise WeightsError(
-        f"No model at '{model}'. Give the path of a diffusers folder (one with a model_index.json), "
-        "or 'flux-krea-mini' for the embedded model."
+        f"No model at '{model}'. Give the path of a diffusers folder (one with a model_index.json), of a .safetensors "
+        "or .gguf file or a folder of such, or 'flux-krea-mini' for the embedded model."
     )
 
 
-def info(folder: Path) -> ModelInfo:
-    """The model's canvas range and defaults.
+def places(name: str) -> list[Path]:
+    """Where a model of a name may be: under `weights/` here, beside the package's checkout, and in the package."""
+    package = Path(__file__).resolve().parent
+    return [Path("weights") / name, package.parent / "weights" / name, package / "weights" / name]
+
+
+def identify(path: Path) -> Checkpoint:
+    """What the model at a path consists of.
+
+    Raises:
+        WeightsError: a component is missing, or none of it can be read here.
+    """
+    lenders = [place for name in TOKENIZERS for place in places(name)]
+    return checkpoint.identify(path, lenders)
+
+
+def info(path: Path) -> ModelInfo:
+    """The model's canvas range and defaults: what its folder says, or FLUX.1's.
 
     Raises:
         WeightsError: the file is there but damaged.
     """
-    path = folder / INFO
+    name = path.stem if path.is_file() else path.name
+    path = (path.parent if path.is_file() else path) / INFO
     if not path.is_file():
-        return ModelInfo(folder.name, KREA.canvas, KREA.default_steps, KREA.default_guidance)
+        return ModelInfo(name, KREA.canvas, KREA.default_steps, KREA.default_guidance)
     try:
         found = json.loads(path.read_text())
         canvas = CanvasRange(int(found["canvas"]["min_area"]), int(found["canvas"]["max_area"]))
         defaults = found["defaults"]
         masks = Masks.read(found.get("acceleration", {}))
-        return ModelInfo(
-            folder.name, canvas, int(defaults["num_inference_steps"]), float(defaults["guidance_scale"]), masks
-        )
+        return ModelInfo(name, canvas, int(defaults["num_inference_steps"]), float(defaults["guidance_scale"]), masks)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path} is damaged. Copy or download the model again.") from error
 
 
-def verify(folder: Path) -> None:
+def verify(path: Path) -> None:
     """Whether every file of weights is there and whole, by sizes and headers alone: milliseconds for any model.
 
     Raises:
         WeightsError: a file that the manifest names, or a shard that an index names, is missing, or one is shorter or
             longer than the manifest or its header says.
     """
-    for name, recorded in manifest(folder).items():
-        path = folder / name
-        if not path.is_file():
-            raise WeightsError(f"{path} is missing. Run `flux-local download` again.")
-        if path.stat().st_size != recorded.size:
+    for name, recorded in manifest(path).items():
+        file = path / name
+        if not file.is_file():
+            raise WeightsError(f"{file} is missing. Run `flux-local download` again.")
+        if file.stat().st_size != recorded.size:
             raise WeightsError(
-                f"{path} has {path.stat().st_size:,} bytes where the hub's has {recorded.size:,}. "
+                f"{file} has {file.stat().st_size:,} bytes where the hub's has {recorded.size:,}. "
                 "Run `flux-local download` again."
             )
-    for index in sorted(folder.glob("*/*.safetensors.index.json")):
+    for index in sorted(path.glob("*/*.safetensors.index.json")):
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -97,12 +105,14 @@ def verify(folder: Path) -> None:
         for shard in sorted(shards):
             if not (index.parent / shard).is_file():
                 raise WeightsError(f"{index.parent / shard} is missing. Copy or download the model again.")
-    for path in sorted(folder.glob("*/*.safetensors")):
-        size, said = path.stat().st_size, said_size(path)
-        if size != said:
-            raise WeightsError(
-                f"{path} has {size:,} bytes where its header says {said:,}. Copy or download the model again."
-            )
+    for part in identify(path).parts.values():
+        for header in part.headers:
+            size = header.path.stat().st_size
+            if size != header.size and (header.path.suffix == ".safetensors" or size < header.size):
+                raise WeightsError(
+                    f"{header.path} has {size:,} bytes where its header says {header.size:,}. "
+                    "Copy or download the model again."
+                )
 
 
 def manifest(folder: Path) -> dict[str, Recorded]:
@@ -132,23 +142,3 @@ def write_info(folder: Path) -> None:
         canvas = {"min_area": KREA.canvas.min_area, "max_area": KREA.canvas.max_area}
         defaults = {"num_inference_steps": KREA.default_steps, "guidance_scale": KREA.default_guidance}
         path.write_text(json.dumps({"canvas": canvas, "defaults": defaults}, indent=2) + "\n")
-
-
-def said_size(path: Path) -> int:
-    """The bytes that a safetensors file should have: eight, its header, and up to the end of its last tensor.
-
-    Raises:
-        WeightsError: there is no header to be read.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAX_HEADER:
-                raise ValueError("a header of that size cannot be")
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return 8 + length + max(ends, default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise WeightsError(
-            f"{path} is damaged: it has no safetensors header. Copy or download the model again."
-        ) from error

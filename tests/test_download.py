@@ -77,6 +77,18 @@ def test_what_is_needed_comes_whole_and_is_remembered(tmp_path: Path) -> None:
     assert "flux-local download" in stopped.stderr
 
 
+def test_the_tokenizers_alone(tmp_path: Path) -> None:
+    """What a single-file checkpoint lacks; it is no model by itself."""
+    folder = tmp_path / "beside"
+    with running(embedded()) as hub:
+        done = download(hub, folder, "--only", "tokenizers")
+    assert done.returncode == 0, done.stderr
+    came = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert came == {n for n in hub.files if n.startswith(("tokenizer/", "tokenizer_2/"))}
+    assert came
+    assert "serve" not in done.stdout
+
+
 def test_a_cut_connection_is_taken_up_where_it_broke(tmp_path: Path) -> None:
     name, chunk = "transformer/large.safetensors", 10 << 20
     files = {"model_index.json": b"{}", name: random.Random(0).randbytes(5 * chunk // 2)}

@@ -23,9 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_local.errors import InvalidValue
+from flux_local.model.checkpoint import of_folder
 from flux_local.model.fp8 import in_fp8
-from flux_local.model.loader import load, tensors
+from flux_local.model.loader import load
 from flux_local.model.lora import Adapters, Factors, read, shapes
+from flux_local.model.tensors import Tensors
 from flux_local.model.transformer import FluxTransformer, Geometry
 from tests.servers import MODEL, ROOT, Server, pictures, running
 from tests.test_transformer import SMALL, prompt_of, random_module
@@ -195,7 +197,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters for the embedded model, and files that are none."""
     folder = tmp_path_factory.mktemp("loras")
     config = json.loads((MODEL / "transformer" / "config.json").read_text())
-    transformer = FluxTransformer(Geometry.of(config), tensors(MODEL / "transformer", "cpu", torch.float32))
+    transformer = FluxTransformer(
+        Geometry.of(config), Tensors(of_folder(MODEL).parts["transformer"], "cpu", torch.float32)
+    )
     layers = shapes(transformer)
     save_file(diffusers_layout(factors(layers, 1)), folder / "first style.safetensors")
     save_file(diffusers_layout(factors(layers, 2)), folder / "second.safetensors")

@@ -1,8 +1,7 @@
-"""A diffusers folder on disk → a `Pipeline` ready to draw. Reads safetensors only; never the network."""
+"""A model on disk, in any of its forms → a `Pipeline` ready to draw. Never a pickle, never the network."""
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 
-from flux_local.errors import NotAvailable, WeightsError
-from flux_local.model.denoiser import Denoiser, Keep, Picture, Transformer, noised
+from flux_local.errors import FluxError, NotAvailable, WeightsError
+from flux_local.model.checkpoint import Checkpoint, Component, Part, identify
+from flux_local.model.denoiser import Denoiser, Keep, Picture, noised
 from flux_local.model.fp8 import in_fp8
 from flux_local.model.latents import initial_noise
 from flux_local.model.layers import Weights
@@ -21,12 +21,12 @@ from flux_local.model.ops import Layout, Ops
 from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.schedule import FlowSchedule
 from flux_local.model.selfcheck import Sizes, accelerated
+from flux_local.model.tensors import DiffusersNames, Tensors
 from flux_local.model.text import PromptCache, PromptEmbedding, PromptEncoder
 from flux_local.model.transformer import FluxTransformer, Geometry
 from flux_local.model.vae import Autoencoder
 
 PROMPT_CACHE_BYTES = 256 << 20
-COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Pipeline:
         )  # fmt: skip
 
 
-def load(folder: Path, device: str = "cpu", precisions: str = "both", reference: bool = False) -> Pipeline:
+def load(model: Path | Checkpoint, device: str = "cpu", precisions: str = "both", reference: bool = False) -> Pipeline:
     """Loads the model onto the device: fp32 on the CPU, bf16 on a GPU.
 
     Args:
@@ -125,41 +125,24 @@ def load(folder: Path, device: str = "cpu", precisions: str = "both", reference:
     Raises:
         WeightsError: a component is missing or cannot be read; the message names it.
     """
-    check_folder(folder)
+    checkpoint = identify(model) if isinstance(model, Path) else model
     quieten()
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
-
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-
-    def model(cls: Any, name: str, **options: Any) -> Any:
-        with translated(folder / name):
-            loaded = cls.from_pretrained(folder / name, local_files_only=True, use_safetensors=True, **options)
-            return loaded.to(device).eval().requires_grad_(False)
-
-    def tokenizer(cls: Any, name: str) -> Any:
-        with translated(folder / name):
-            return cls.from_pretrained(folder / name, local_files_only=True)
-
-    text = PromptEncoder(
-        tokenizer(CLIPTokenizer, "tokenizer"),
-        model(CLIPTextModel, "text_encoder", dtype=dtype),
-        tokenizer(T5TokenizerFast, "tokenizer_2"),
-        model(T5EncoderModel, "text_encoder_2", dtype=dtype),
-    )
-    with translated(folder / "transformer"):
-        geometry = Geometry.of(json.loads((folder / "transformer" / "config.json").read_text()))
+    text = prompt_encoder(checkpoint, device, dtype)
+    with translated(checkpoint.path):
+        geometry = Geometry.of(checkpoint.config("transformer"))
     ops = Ops() if reference or device == "cpu" else operations(geometry, device, dtype)
-    with translated(folder / "transformer"):
-        parts = tensors(folder / "transformer", device, dtype)
-    own = transformer(folder / "transformer", geometry, device, dtype, None if reference else ops)
+    with translated(checkpoint.path):
+        weights = transformer_weights(checkpoint.parts["transformer"], geometry, device, dtype)
+        own = reference_transformer(checkpoint, weights) if reference else FluxTransformer(geometry, weights, ops)
     denoiser, fast = Denoiser(own), None
     if isinstance(own, FluxTransformer) and precisions != "full":
         fast = Denoiser(in_fp8(own))
         denoiser = fast if precisions == "fp8" else denoiser
-    vae = Autoencoder(model(AutoencoderKL, "vae", dtype=dtype), ops)
-    adapters = None if reference else Adapters(parts)
-    return Pipeline(text, denoiser, vae, FlowSchedule.load(folder / "scheduler"), fast, adapters)
+    with translated(checkpoint.path):
+        vae = Autoencoder(autoencoder(checkpoint, device, dtype), ops)
+    schedule = FlowSchedule.of(checkpoint.scheduler())
+    return Pipeline(text, denoiser, vae, schedule, fast, None if reference else Adapters(weights))
 
 
 def operations(geometry: Geometry, device: str, dtype: torch.dtype) -> Ops:
@@ -168,52 +151,64 @@ def operations(geometry: Geometry, device: str, dtype: torch.dtype) -> Ops:
     return accelerated(sizes, device, dtype)[0]
 
 
-def transformer(folder: Path, geometry: Geometry, device: str, dtype: torch.dtype, ops: Ops | None) -> Transformer:
-    """The transformer of a diffusers folder: ours, or without `ops` diffusers' own."""
-    with translated(folder):
-        if ops is None:
-            from diffusers import FluxTransformer2DModel
-
-            module = FluxTransformer2DModel.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
-            return ReferenceTransformer(module.to(device).eval().requires_grad_(False))
-        return FluxTransformer(geometry, tensors(folder, device, dtype), ops)
+def transformer_weights(part: Part, geometry: Geometry, device: str, dtype: torch.dtype) -> Weights:
+    """The transformer's tensors by diffusers' names, read straight to the device when asked for."""
+    tensors = Tensors(part, device, dtype)
+    return DiffusersNames(tensors, geometry.width) if part.layout == "bfl" else tensors
 
 
-def tensors(folder: Path, device: str, dtype: torch.dtype) -> Weights:
-    """The tensors of a component of a diffusers folder, by name, read straight to the device when asked for."""
-    from safetensors import safe_open
+def reference_transformer(checkpoint: Checkpoint, weights: Weights) -> ReferenceTransformer:
+    """diffusers' own module with these tensors."""
+    from accelerate import init_empty_weights
+    from diffusers import FluxTransformer2DModel
 
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise WeightsError(f"{folder} holds no .safetensors file. Copy or download the model again.")
-    where = {}
-    for path in files:
-        opened = safe_open(path, framework="pt", device=device)
-        where.update(dict.fromkeys(opened.keys(), opened))
-
-    def tensor(name: str) -> torch.Tensor:
-        if name not in where:
-            raise WeightsError(f"{folder} lacks the tensor {name}. Copy or download the model again.")
-        found: torch.Tensor = where[name].get_tensor(name)
-        return found.to(dtype)
-
-    return tensor
+    with init_empty_weights():
+        module = FluxTransformer2DModel.from_config(checkpoint.config("transformer"))
+    module.load_state_dict({name: weights(name) for name in module.state_dict()}, assign=True)
+    return ReferenceTransformer(module.eval().requires_grad_(False))
 
 
-def check_folder(folder: Path) -> None:
-    """Raises `WeightsError` unless the folder is a FLUX.1 model with every component in place."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise WeightsError(f"No model at {folder}: model_index.json is missing. Give the path of a diffusers folder.")
-    try:
-        kind = json.loads(index.read_text()).get("_class_name")
-    except ValueError as error:
-        raise WeightsError(f"{index} is damaged. Copy or download the model again.") from error
-    if kind != "FluxPipeline":
-        raise WeightsError(f"{folder} holds a {kind}, not a FluxPipeline. flux-local serves FLUX.1 models only.")
-    for name in COMPONENTS:
-        if not (folder / name).is_dir():
-            raise WeightsError(f"{folder / name} is missing. Copy or download the model again.")
+def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> PromptEncoder:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+    def tokenizer(cls: Any, name: str) -> Any:
+        with translated(checkpoint.home / name):
+            return cls.from_pretrained(checkpoint.home / name, local_files_only=True)
+
+    def encoder(cls: Any, config: Any, component: Component) -> Any:
+        tensors = Tensors(checkpoint.parts[component], device, dtype)
+        state = {name: tensors(name) for name in tensors.names()}
+        with translated(path := checkpoint.parts[component].headers[0].path.parent):
+            module, report = cls.from_pretrained(
+                None, config=config(**checkpoint.config(component)), state_dict=state, dtype=dtype,
+                device_map={"": device}, output_loading_info=True,
+            )  # fmt: skip
+        if report["missing_keys"]:
+            lost = sorted(report["missing_keys"])[0]
+            raise WeightsError(f"{path} lacks the tensor {lost}. Copy or download the model again.")
+        return module.eval().requires_grad_(False)
+
+    return PromptEncoder(
+        tokenizer(CLIPTokenizer, "tokenizer"),
+        encoder(CLIPTextModel, CLIPTextConfig, "text_encoder"),
+        tokenizer(T5TokenizerFast, "tokenizer_2"),
+        encoder(T5EncoderModel, T5Config, "text_encoder_2"),
+    )
+
+
+def autoencoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Any:
+    """diffusers' `AutoencoderKL` with the checkpoint's tensors."""
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    part, config = checkpoint.parts["vae"], checkpoint.config("vae")
+    tensors = Tensors(part, device, dtype)
+    state = {name: tensors(name) for name in tensors.names()}
+    if part.layout == "bfl":
+        state = convert_ldm_vae_checkpoint(state, config)
+    module = AutoencoderKL.from_config(config)
+    module.load_state_dict(state)
+    return module.to(device, dtype).eval().requires_grad_(False)
 
 
 class translated:
@@ -226,6 +221,8 @@ class translated:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FluxError):
+            return
         if isinstance(error, (OSError, ValueError, RuntimeError, KeyError)) or (
             error is not None and type(error).__name__ == "SafetensorError"
         ):

@@ -6,10 +6,9 @@ FLUX.1's rule (Esser et al. 2024, arXiv 2403.03206, section 5.3.2), as diffusers
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,27 +28,24 @@ class FlowSchedule:
     max_image_seq_len: int = 4096
 
     @classmethod
-    def load(cls, folder: Path) -> FlowSchedule:
-        """Reads `folder/scheduler_config.json`.
+    def of(cls, config: Mapping[str, Any]) -> FlowSchedule:
+        """From a `scheduler_config.json`.
 
         Raises:
-            WeightsError: missing, not flow matching, or with an option that FLUX.1 does not use.
+            WeightsError: not flow matching, or with an option that FLUX.1 does not use.
         """
-        path = folder / "scheduler_config.json"
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"Cannot read {path}: {error}. Download the model again.") from error
         if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
-            raise WeightsError(f"{path} is not a flow-match Euler scheduler; this is no FLUX.1 model.")
+            raise WeightsError("The scheduler is not a flow-match Euler scheduler: this is no FLUX.1 model.")
         unsupported = [
             name
             for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
                          "shift_terminal", "stochastic_sampling")
             if config.get(name)
         ]  # fmt: skip
-        if unsupported or config.get("time_shift_type", "exponential") != "exponential":
-            raise WeightsError(f"{path} asks for {', '.join(unsupported) or 'a time shift'} that FLUX.1 does not use.")
+        if config.get("time_shift_type", "exponential") != "exponential":
+            unsupported.append("time_shift_type")
+        if unsupported:
+            raise WeightsError(f"The scheduler asks for {', '.join(unsupported)}, which FLUX.1 does not use.")
         return cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config})
 
     def sigmas(self, steps: int, tokens: int) -> list[float]:

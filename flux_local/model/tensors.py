@@ -1,0 +1,176 @@
+"""A component's tensors by name, out of whatever form its files have, in the precision and on the device asked for.
+
+What is packed (fp8 with or without scales, GGUF's blocks) is unpacked as it is read, a tensor at a time and on the
+device, so that the host never holds a copy. What comes out has diffusers' names. Never a pickle, never the network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux_local.errors import WeightsError
+from flux_local.model.checkpoint import Part, gguf_reader
+
+SCALES = ("scale_weight", "weight_scale")
+"""ComfyUI's names, older and newer, for what an fp8 weight is to be multiplied by."""
+ASIDE = re.compile(r"(^|\.)(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|comfy_quant)$")
+"""What stands beside the tensors and is none of them."""
+
+
+class Tensors:
+    """A part's tensors, by their names in the file without the prefix."""
+
+    def __init__(self, part: Part, device: str, dtype: torch.dtype) -> None:
+        from safetensors import safe_open
+
+        self.part, self.device, self.dtype = part, device, dtype
+        self.stored: dict[str, Callable[[], Tensor]] = {}
+        """By a tensor's name in its file: what reads it, as it is there but for GGUF's blocks."""
+        for header in part.headers:
+            if header.path.suffix.lower() == ".gguf":
+                for tensor in gguf_reader(header.path).tensors:
+                    self.stored[tensor.name] = partial(unpacked, tensor, device)
+            else:
+                opened = safe_open(header.path, framework="pt", device=device)
+                for name in opened.keys():  # noqa: SIM118, it is no mapping
+                    self.stored[name] = partial(opened.get_tensor, name)
+        self.last: tuple[str, Tensor] | None = None
+        """The tensor read last: rows of one that is stored joined are asked for one after another."""
+
+    def __contains__(self, name: str) -> bool:
+        return self.part.prefix + name in self.stored
+
+    def names(self) -> list[str]:
+        start = len(self.part.prefix)
+        own = (name[start:] for name in self.stored if name.startswith(self.part.prefix))
+        return [name for name in own if not ASIDE.search(name)]
+
+    def __call__(self, name: str) -> Tensor:
+        """Raises `WeightsError` for one that is not there."""
+        if self.last is not None and self.last[0] == name:
+            return self.last[1]
+        full = self.part.prefix + name
+        if full not in self.stored:
+            raise WeightsError(
+                f"{self.part.headers[0].path.parent} lacks the tensor {full}. Copy or download the model again."
+            )
+        found = self.stored[full]()
+        if found.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            found = found.float() * self.scale(full)
+        self.last = (name, found.to(self.dtype))
+        return self.last[1]
+
+    def scale(self, full: str) -> Tensor | float:
+        """What an fp8 tensor is to be multiplied by: a number, or one an output."""
+        stem = full.removesuffix("weight")
+        for name in (stem + scale for scale in SCALES):
+            if name in self.stored:
+                scale = self.stored[name]().float()
+                return scale if scale.numel() == 1 else scale.view(-1, 1)
+        return 1.0
+
+
+def unpacked(entry: Any, device: str) -> Tensor:
+    """A GGUF tensor out of its blocks."""
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions, dequantize_gguf_tensor
+
+    data = torch.from_numpy(entry.data.copy()).to(device)
+    if data.dtype.is_floating_point:
+        return data
+    if entry.tensor_type not in dequantize_functions:
+        raise WeightsError(
+            f"{entry.name} is packed as {entry.tensor_type.name}, which is not read here. "
+            "Get a GGUF file of Q8_0, Q6_K, Q5_K or Q4_K."
+        )
+    found: Tensor = dequantize_gguf_tensor(GGUFParameter(data, quant_type=entry.tensor_type))
+    return found
+
+
+class DiffusersNames:
+    """A transformer's tensors in Black Forest Labs' layout, by their names in diffusers' module.
+
+    There query, key and value are one matrix, and the last modulation has shift before scale.
+    """
+
+    def __init__(self, tensors: Tensors, width: int) -> None:
+        self.tensors = tensors
+        self.width = width
+
+    def __call__(self, name: str) -> Tensor:
+        layer, kind = name.rsplit(".", 1)
+        stored, first, rows = bfl_name(layer, self.width)
+        found = self.tensors(f"{stored}.{'scale' if '.norm.' in stored else kind}")
+        if layer == "norm_out.linear":
+            return torch.cat(found.chunk(2)[::-1])
+        return found if rows is None else found[first : first + rows]
+
+
+EMBEDDERS = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+DOUBLE_ROWS = {
+    "attn.to_q": ("img_attn.qkv", 0),
+    "attn.to_k": ("img_attn.qkv", 1),
+    "attn.to_v": ("img_attn.qkv", 2),
+    "attn.add_q_proj": ("txt_attn.qkv", 0),
+    "attn.add_k_proj": ("txt_attn.qkv", 1),
+    "attn.add_v_proj": ("txt_attn.qkv", 2),
+}
+SINGLE = {
+    "norm.linear": "modulation.lin",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+    "proj_out": "linear2",
+}
+SINGLE_ROWS = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "proj_mlp": 3}
+
+
+def bfl_name(layer: str, width: int) -> tuple[str, int, int | None]:
+    """A layer of diffusers' module → its name in Black Forest Labs' layout, and which rows of that it is; None for all.
+
+    Raises:
+        KeyError: no layer of FLUX.1's transformer.
+    """
+    if layer in EMBEDDERS:
+        return EMBEDDERS[layer], 0, None
+    blocks, index, rest = layer.split(".", 2)
+    if blocks == "transformer_blocks":
+        block = f"double_blocks.{index}"
+        if rest in DOUBLE_ROWS:
+            joined, place = DOUBLE_ROWS[rest]
+            return f"{block}.{joined}", place * width, width
+        return f"{block}.{DOUBLE[rest]}", 0, None
+    block = f"single_blocks.{index}"
+    if rest in SINGLE_ROWS:
+        place = SINGLE_ROWS[rest]
+        return f"{block}.linear1", place * width, width if place < 3 else 4 * width
+    return f"{block}.{SINGLE[rest]}", 0, None
