@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,6 +192,7 @@ def run_serve(options: argparse.Namespace) -> int:
 flux-local {flux_local.__version__} serves {model} on {engine.device} ({", ".join(engine.precisions)}), \
 ready after {time.monotonic() - began:.1f} s
 
+  memory    {engine.memory}
   address   {address}/v1
   try       curl -s {address}/v1/images/generations -H 'Content-Type: application/json' \
 -d '{{"prompt": "a large red star on a blue background", "size": "512x512"}}'
@@ -225,9 +227,12 @@ def run_generate(options: argparse.Namespace) -> int:
     with Progress(*columns, transient=True) as bar:
         loading = bar.add_task(f"loading {model.name}", total=None)
         pipeline = load(
-            weights.identify(folder), pick_device(settings.device_list()[0]), settings.precisions, settings.reference
-        )
+            weights.identify(folder), pick_device(settings.device_list()[0]), settings.precisions, settings.reference,
+            settings.tier(), model.canvas.max_area,
+        )  # fmt: skip
         bar.remove_task(loading)
+        if options.go_fast is None:
+            plan = replace(plan, params=replace(plan.params, go_fast=settings.fast_by_default(pipeline.precisions)))
         precision_of(plan.params, pipeline.precisions)
         denoiser = pipeline.denoiser_for(plan.params.go_fast)
         for index, seed in enumerate(plan.params.seeds):

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,8 +38,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ] = False
     precisions: Annotated[
         Literal["both", "full", "fp8"],
-        Meta(description="What to load: the model's own precision (bf16, on a CPU fp32), fp8, or both."),
+        Meta(description="What to load: the model's own precision (bf16, on a CPU fp32), fp8, or both if they fit."),
     ] = "both"
+    memory: Annotated[
+        Literal["auto", "both", "full", "fp8", "swap", "offload"],
+        Meta(description="How the device's memory is used; 'auto' takes the fastest way that fits."),
+    ] = "auto"
     go_fast: Annotated[bool, Meta(description="Draw in fp8 when the request does not say.")] = False
     safety_checker: Annotated[
         Literal["auto", "on", "off"], Meta(description="Look at every picture: 'auto' where the checker's weights are.")
@@ -87,6 +91,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def loras_folder(self) -> Path:
         return Path(self.loras_dir).expanduser()
 
+    def tier(self) -> Literal["both", "full", "fp8", "swap", "offload"] | None:
+        """How memory is to be used; None for the best way that fits."""
+        return None if self.memory == "auto" else self.memory
+
     def safety_folder(self) -> Path | None:
         """Where the safety checker is, or None for a server without.
 
@@ -105,16 +113,20 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def engine_options(self) -> list[str]:
         """What an engine program has to be told."""
         options = ["--precisions", self.precisions, *(["--reference"] if self.reference else [])]
+        if (tier := self.tier()) is not None:
+            options += ["--memory", tier]
         if (folder := self.safety_folder()) is not None:
             options += ["--safety", str(folder), "--safety-labels", self.safety_labels]
             options += ["--safety-threshold", str(self.safety_threshold)]
         return options
 
-    def fast_by_default(self) -> bool:
-        """What `go_fast` is where a request does not say; never what is not loaded."""
-        if self.reference or self.precisions == "full":
-            return False
-        return self.precisions == "fp8" or self.go_fast
+    def fast_by_default(self, loaded: Sequence[str] = ()) -> bool:
+        """What `go_fast` is where a request does not say, by what is loaded, or as far as the settings tell."""
+        if not loaded:
+            plain = self.reference or self.precisions == "full" or self.memory in ("full", "offload")
+            alone = self.precisions == "fp8" or self.memory in ("fp8", "swap")
+            loaded = ("bf16",) if plain else ("fp8",) if alone else ("bf16", "fp8")
+        return loaded[0] == "fp8" or ("fp8" in loaded and self.go_fast)
 
     def origins(self) -> list[str]:
         """The origins that browsers may call from.

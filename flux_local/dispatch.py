@@ -129,7 +129,9 @@ class Dispatcher:
             self._running.append(task)
         readies = await asyncio.gather(*started)
         self.token_seconds = max(ready.token_seconds for ready in readies)
-        self.precisions = readies[0].precisions
+        self.precisions = tuple(p for p in readies[0].precisions if all(p in ready.precisions for ready in readies))
+        if not self.precisions:
+            raise StartError("The devices have no precision in common. Set --precisions or --memory for all of them.")
         self.started = True
         return readies[0]
 

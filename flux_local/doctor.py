@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flux_local import weights
@@ -34,13 +35,17 @@ def examine(settings: Settings, whole: bool = False) -> Iterator[Verdict]:
     Args:
         whole: read every byte of the weights and compare it with what the download recorded.
     """
-    yield check("weights", lambda: of_weights(settings))
+    found = check("weights", lambda: of_weights(settings))
+    yield found
     if whole:
         yield check("hashes", lambda: of_hashes(settings))
     yield check("data directory", lambda: of_data(settings))
     yield check("address", lambda: of_address(settings))
     for name in settings.device_list():
-        yield from of_device(name)
+        of_this = list(of_device(name))
+        yield from of_this
+        if found.verdict == of_this[0].verdict == "good":
+            yield check(f"memory {name}", partial(of_memory, settings, name))
 
 
 def check(name: str, look: Callable[[], str]) -> Verdict:
@@ -83,6 +88,17 @@ def of_address(settings: Settings) -> str:
 
     bind(settings.host, settings.port).close()
     return f"{settings.host} port {settings.port} is free"
+
+
+def of_memory(settings: Settings, asked: str) -> str:
+    """How the model would be laid out."""
+    from flux_local.engine_process import pick_device
+    from flux_local.model import memory
+
+    path = weights.find(settings.model)
+    precisions: memory.Precisions = "full" if settings.reference else settings.precisions
+    sizes, largest = memory.Sizes.of(weights.identify(path)), weights.info(path).canvas.max_area
+    return str(memory.plan(sizes, memory.room(pick_device(asked)), precisions, settings.tier(), largest))
 
 
 def of_device(asked: str) -> Iterator[Verdict]:

@@ -73,10 +73,13 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
         from flux_local.model.loader import load
 
         device = pick_device(options.device)
-        pipeline = load(weights.identify(options.model), device, options.precisions, options.reference)
+        info = weights.info(options.model)
+        pipeline = load(
+            weights.identify(options.model), device, options.precisions, options.reference, options.memory,
+            info.canvas.max_area,
+        )  # fmt: skip
         checker = safety_checker(options, device)
         loaded = time.monotonic()
-        info = weights.info(options.model)
         step_seconds = warm_up(pipeline, info)
     except StartError as error:
         channel.send(StartFailed(error.message, error.exit_code))
@@ -85,7 +88,8 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
     width, height = canvas_for(table_size("1:1", "1K"), info.canvas)
     per_token = step_seconds / (width * height // 256)
     pulse.enter(Phase.IDLE)
-    channel.send(Ready(device, pipeline.precisions, loaded - started, now - loaded, step_seconds, per_token))
+    memory = str(pipeline.plan)
+    channel.send(Ready(device, pipeline.precisions, loaded - started, now - loaded, step_seconds, per_token, memory))
     Engine(pipeline, channel, pulse, per_token, checker).run()
 
 
@@ -110,6 +114,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precisions", default="both")
+    parser.add_argument("--memory")
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--safety", type=Path)
     parser.add_argument("--safety-labels", default="")

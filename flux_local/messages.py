@@ -71,7 +71,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """The warm-up picture is drawn.
 
     `precisions`: the model's own, then fp8, of those that are loaded. `step_seconds`: a step of the picture at the
-    model's 1:1 canvas, alone; `token_seconds`: an image token's share of that.
+    model's 1:1 canvas, alone; `token_seconds`: an image token's share of that. `memory`: how the model is laid out.
     """
 
     device: str
@@ -80,6 +80,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     warm_up_seconds: float
     step_seconds: float
     token_seconds: float
+    memory: str
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):

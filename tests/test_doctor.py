@@ -25,6 +25,8 @@ def test_a_machine_that_is_well(tmp_path: Path) -> None:
     assert {verdict["verdict"] for verdict in found.values()} == {"good"}
     assert str(MODEL) in found["weights"]["text"]
     assert "torch" in found["device auto"]["text"]
+    assert found["memory auto"]["text"].startswith("both: everything resident")
+    assert examined(tmp_path, "--port", "0", "--memory", "swap")[1]["memory auto"]["text"].startswith("swap: ")
 
 
 def test_everything_that_is_wrong_and_what_mends_it(tmp_path: Path) -> None:
@@ -46,5 +48,5 @@ def test_for_people_it_is_a_table(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flux_local", "doctor", "--data-dir", str(tmp_path), "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert all(line.startswith("good  ") for line in lines)

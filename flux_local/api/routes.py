@@ -35,7 +35,7 @@ def router(services: Services, requests: Requests) -> APIRouter:
             route=route,
             image=image,
             response_format=services.settings.response_format,
-            go_fast=services.settings.fast_by_default(),
+            go_fast=services.settings.fast_by_default(services.dispatcher.precisions),
             max_pixels=services.settings.max_pixels,
         )
         services.precision(params)
@@ -140,6 +140,7 @@ def probes(services: Services) -> APIRouter:
             "device": state.device,
             "precision": state.precisions[0],
             "precisions": list(state.precisions),
+            "memory": state.memory,
             "engines": [
                 {"device": engine.ready.device if engine.ready else engine.device, "ready": engine.ready is not None}
                 for engine in services.dispatcher.engines

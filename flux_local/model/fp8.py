@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flux_local.model.layers import Linear
-from flux_local.model.ops import Activation, Rows, quantised
+from flux_local.model.ops import Activation, Ops, Rows, quantised
 from flux_local.model.transformer import FluxTransformer
 
 ADA = (8, 9)
@@ -81,15 +81,50 @@ class RoundedLinear(Linear):
         super().into(out, rounded(x))
 
 
-def in_fp8(transformer: FluxTransformer, native: bool | None = None) -> FluxTransformer:
-    """The same transformer with its blocks in fp8; everything else is shared with the given one.
+def conversion(device: torch.device, ops: Ops, native: bool | None = None) -> tuple[Callable[[Linear], Linear], bool]:
+    """How a matrix product gets into fp8 on a device, and whether it then takes fp8 rows.
 
     Args:
         native: with products in fp8, or with the emulation; as the device can, if not said.
     """
     if native is None:
-        cuda = transformer.device.type == "cuda"
-        native = cuda and torch.cuda.get_device_capability(transformer.device) >= ADA
-    if native:
-        return transformer.with_blocks(partial(Fp8Linear.of, quantise=transformer.ops.quantised), fp8=True)
-    return transformer.with_blocks(RoundedLinear.of, fp8=False)
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= ADA
+    return (partial(Fp8Linear.of, quantise=ops.quantised), True) if native else (RoundedLinear.of, False)
+
+
+def in_fp8(transformer: FluxTransformer, native: bool | None = None) -> FluxTransformer:
+    """The same transformer with its blocks in fp8 (see `conversion`); everything else is shared with the given one."""
+    return transformer.with_blocks(*conversion(transformer.device, transformer.ops, native))
+
+
+class Fp8Storage(torch.nn.Module):
+    """A layer of a module that is not ours, kept in e4m3 with a scale an output and unpacked for each use.
+
+    For text encoders where memory is short: they run once a prompt, so that time matters little.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.values: Tensor
+        self.scale: Tensor
+        for name, tensor in zip(("values", "scale"), quantised(linear.weight.detach()), strict=True):
+            self.register_buffer(name, tensor)
+        self.bias = linear.bias
+        self.dtype = linear.weight.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], as the module's own code may ask for it."""
+        unpacked: Tensor = (self.values.float() * self.scale).to(self.dtype)
+        return unpacked
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def store_in_fp8(module: torch.nn.Module) -> None:
+    """Has every linear layer of a module keep its weight in fp8."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, Fp8Storage(child))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flux_local.errors import FluxError, NotAvailable, WeightsError
+from flux_local.model import memory
 from flux_local.model.checkpoint import Checkpoint, Component, Part, identify
 from flux_local.model.denoiser import Denoiser, Keep, Picture, noised
-from flux_local.model.fp8 import in_fp8
+from flux_local.model.fp8 import conversion, in_fp8, store_in_fp8
 from flux_local.model.latents import initial_noise
 from flux_local.model.layers import Weights
 from flux_local.model.lora import Adapters, Choice
+from flux_local.model.memory import Plan, Precisions, Tier
 from flux_local.model.ops import Layout, Ops
 from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.schedule import FlowSchedule
@@ -41,6 +43,7 @@ class Pipeline:
     """In fp8, where both precisions are loaded."""
     adapters: Adapters | None = None
     """None with diffusers' own transformer."""
+    plan: Plan = field(default_factory=lambda: Plan("both"))
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -67,7 +70,11 @@ class Pipeline:
         if self.adapters is not None and isinstance(transformer, FluxTransformer):
             self.adapters.use(transformer, choice)
         elif choice:
-            raise NotAvailable("With --reference no adapter can be used. Leave 'loras' out.", param="loras")
+            raise NotAvailable(
+                "This server runs diffusers' own transformer (--reference, or for lack of memory), which takes no "
+                "adapters here. Leave 'loras' out.",
+                param="loras",
+            )
 
     def prompt_cache(self) -> PromptCache:
         return PromptCache(self.text.encode, PROMPT_CACHE_BYTES)
@@ -115,34 +122,57 @@ class Pipeline:
         )  # fmt: skip
 
 
-def load(model: Path | Checkpoint, device: str = "cpu", precisions: str = "both", reference: bool = False) -> Pipeline:
+def load(
+    model: Path | Checkpoint,
+    device: str = "cpu",
+    precisions: Precisions = "both",
+    reference: bool = False,
+    tier: Tier | None = None,
+    largest: int = 1 << 22,
+) -> Pipeline:
     """Loads the model onto the device: fp32 on the CPU, bf16 on a GPU.
 
     Args:
-        precisions: `full` (the model's own), `fp8` or `both`.
+        precisions: `full` (the model's own), `fp8` or `both`, as far as the memory allows.
         reference: with diffusers' own transformer instead of ours, in the model's own precision alone.
+        tier: how the memory is used; the best that fits, if not said.
+        largest: pixels of the largest canvas.
 
     Raises:
-        WeightsError: a component is missing or cannot be read; the message names it.
+        WeightsError: a component is missing or cannot be read; the message names it. StartError: it does not fit.
     """
     checkpoint = identify(model) if isinstance(model, Path) else model
     quieten()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    text = prompt_encoder(checkpoint, device, dtype)
     with translated(checkpoint.path):
         geometry = Geometry.of(checkpoint.config("transformer"))
-    ops = Ops() if reference or device == "cpu" else operations(geometry, device, dtype)
+        plan = memory.plan(
+            memory.Sizes.of(checkpoint), memory.room(device), "full" if reference else precisions, tier, largest
+        )
+    text = prompt_encoder(checkpoint, device, dtype, plan)
+    plain = reference or plan.tier == "offload"
+    ops = Ops() if plain or device == "cpu" else operations(geometry, device, dtype)
     with translated(checkpoint.path):
-        weights = transformer_weights(checkpoint.parts["transformer"], geometry, device, dtype)
-        own = reference_transformer(checkpoint, weights) if reference else FluxTransformer(geometry, weights, ops)
-    denoiser, fast = Denoiser(own), None
-    if isinstance(own, FluxTransformer) and precisions != "full":
-        fast = Denoiser(in_fp8(own))
-        denoiser = fast if precisions == "fp8" else denoiser
-    with translated(checkpoint.path):
-        vae = Autoencoder(autoencoder(checkpoint, device, dtype), ops)
+        part = checkpoint.parts["transformer"]
+        weights = transformer_weights(part, geometry, device, dtype)
+        host = transformer_weights(part, geometry, "cpu", dtype)
+        fast = None
+        if plain:
+            in_groups = plan.tier == "offload"
+            denoiser = Denoiser(reference_transformer(checkpoint, host if in_groups else weights, device, in_groups))
+        elif plan.tier in ("fp8", "swap"):
+            convert, takes_fp8 = conversion(torch.device(device), ops)
+            denoiser = fast = Denoiser(
+                FluxTransformer(geometry, weights, ops, convert, takes_fp8, host if plan.modulation_on_host else None)
+            )
+        else:
+            own = FluxTransformer(geometry, weights, ops)
+            denoiser = Denoiser(own)
+            if plan.tier == "both":
+                fast = Denoiser(in_fp8(own))
+        vae = Autoencoder(autoencoder(checkpoint, device, dtype), ops, plan.tile_above)
     schedule = FlowSchedule.of(checkpoint.scheduler())
-    return Pipeline(text, denoiser, vae, schedule, fast, None if reference else Adapters(weights))
+    return Pipeline(text, denoiser, vae, schedule, fast, None if plain else Adapters(weights), plan)
 
 
 def operations(geometry: Geometry, device: str, dtype: torch.dtype) -> Ops:
@@ -157,42 +187,74 @@ def transformer_weights(part: Part, geometry: Geometry, device: str, dtype: torc
     return DiffusersNames(tensors, geometry.width) if part.layout == "bfl" else tensors
 
 
-def reference_transformer(checkpoint: Checkpoint, weights: Weights) -> ReferenceTransformer:
-    """diffusers' own module with these tensors."""
+def reference_transformer(
+    checkpoint: Checkpoint, weights: Weights, device: str, in_groups: bool
+) -> ReferenceTransformer:
+    """diffusers' own module with these tensors; `in_groups`, they stay in host memory until they are needed."""
     from accelerate import init_empty_weights
     from diffusers import FluxTransformer2DModel
 
     with init_empty_weights():
         module = FluxTransformer2DModel.from_config(checkpoint.config("transformer"))
     module.load_state_dict({name: weights(name) for name in module.state_dict()}, assign=True)
-    return ReferenceTransformer(module.eval().requires_grad_(False))
+    module = module.eval().requires_grad_(False)
+    if in_groups:
+        bring_in_groups(module, device, blocks=True)
+    return ReferenceTransformer(module, torch.device(device))
 
 
-def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> PromptEncoder:
+def bring_in_groups(module: Any, device: str, blocks: bool = False) -> None:
+    """Has diffusers' hooks bring a module's weights from host memory, the next group while one is at work.
+
+    Args:
+        blocks: a transformer block at a time, instead of a layer.
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    size: dict[str, Any] = (
+        {"offload_type": "block_level", "num_blocks_per_group": 1} if blocks else {"offload_type": "leaf_level"}
+    )
+    apply_group_offloading(
+        module, onload_device=torch.device(device), offload_device=torch.device("cpu"),
+        use_stream=device.startswith("cuda"), **size,
+    )  # fmt: skip
+
+
+def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype, plan: Plan) -> PromptEncoder:
+    """Both text encoders where the plan has them: on the device, T5 there in fp8, or in host memory."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
     def tokenizer(cls: Any, name: str) -> Any:
         with translated(checkpoint.home / name):
             return cls.from_pretrained(checkpoint.home / name, local_files_only=True)
 
+    in_host = plan.tier in ("swap", "offload")
+    place = "cpu" if in_host else device
+
     def encoder(cls: Any, config: Any, component: Component) -> Any:
-        tensors = Tensors(checkpoint.parts[component], device, dtype)
+        tensors = Tensors(checkpoint.parts[component], place, dtype)
         state = {name: tensors(name) for name in tensors.names()}
         with translated(path := checkpoint.parts[component].headers[0].path.parent):
             module, report = cls.from_pretrained(
                 None, config=config(**checkpoint.config(component)), state_dict=state, dtype=dtype,
-                device_map={"": device}, output_loading_info=True,
+                device_map={"": place}, output_loading_info=True,
             )  # fmt: skip
         if report["missing_keys"]:
             lost = sorted(report["missing_keys"])[0]
             raise WeightsError(f"{path} lacks the tensor {lost}. Copy or download the model again.")
-        return module.eval().requires_grad_(False)
+        module = module.eval().requires_grad_(False)
+        if in_host:
+            bring_in_groups(module, device)
+        elif plan.tier == "fp8" and component == "text_encoder_2":
+            store_in_fp8(module)
+        return module
 
     return PromptEncoder(
         tokenizer(CLIPTokenizer, "tokenizer"),
         encoder(CLIPTextModel, CLIPTextConfig, "text_encoder"),
         tokenizer(T5TokenizerFast, "tokenizer_2"),
         encoder(T5EncoderModel, T5Config, "text_encoder_2"),
+        device,
     )
 
 

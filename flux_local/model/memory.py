@@ -1,10 +1,211 @@
-"""The device's state: whether its memory is exhausted or itself lost, and how to get memory back. Knows no models."""
+"""What of a model fits on a device, and the device's state while it runs.
+
+The plan is arithmetic over the model's sizes, the free memory and what is asked for; nothing is allocated to find out.
+"""
 
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+
+from flux_local.errors import StartError
+from flux_local.model.checkpoint import Checkpoint, Part, volume
+
+Tier = Literal["both", "full", "fp8", "swap", "offload"]
+Precisions = Literal["both", "full", "fp8"]
+
+TIERS: dict[Tier, str] = {
+    "both": "everything resident, the model's own precision and fp8",
+    "full": "everything resident, the model's own precision",
+    "fp8": "everything resident, transformer and T5 in fp8",
+    "swap": "transformer resident in fp8, text encoders and modulation in host memory",
+    "offload": "weights in host memory, brought block by block, by diffusers' own transformer",
+}
+"""From the most memory to the least, with what each means."""
+MEETS: dict[Precisions, tuple[Tier, ...]] = {
+    "both": ("both", "full", "fp8", "swap", "offload"),
+    "full": ("full", "offload"),
+    "fp8": ("fp8", "swap"),
+}
+"""The tiers that serve what is asked for, the best first."""
+
+WORD = 2
+"""Bytes of a number on a GPU: bf16."""
+BUFFERS = 16
+"""Times a token's width that a pass holds at once: residual, normalised rows, the joined products and their outputs."""
+TEXT = 512
+STEP_TOKENS = 4096
+"""Image tokens of a step that batching may reach, whatever the canvas."""
+DECODER_BUFFERS = 3
+"""Pictures at full size, with the channels before the last level, that decoding holds at once."""
+SMALLEST_DECODE = 1 << 20
+"""Pixels that have to be decoded in one piece; above, tiles will do."""
+SPARE = 1_000_000_000
+"""Bytes for the libraries' workspaces, the cache of prompts and the allocator's slack."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters, by what can be done with them.
+
+    `blocks`: the matrices that fp8 takes. `modulation`: used once a picture. `rest`: the transformer's others.
+    `largest_block`: of those, what is brought at a time. `t5_matrices`: the part of `t5` that fp8 takes. `width`: of a
+    token inside the transformer. `channels`: of the decoder before its last level.
+    """
+
+    blocks: int
+    modulation: int
+    rest: int
+    largest_block: int
+    t5: int
+    t5_matrices: int
+    clip: int
+    vae: int
+    width: int
+    channels: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Sizes:
+        parts = checkpoint.parts
+        blocks = modulation = rest = 0
+        by_block: dict[str, int] = {}
+        for name, shape in parts["transformer"].shapes().items():
+            is_block, count = "_blocks." in name, volume(shape)
+            if is_block:
+                block = ".".join(name.split(".")[:2])
+                by_block[block] = by_block.get(block, 0) + count
+            if len(shape) == 2 and ("norm" in name or "mod" in name):
+                modulation += count
+            elif len(shape) == 2 and is_block:
+                blocks += count
+            else:
+                rest += count
+        config = checkpoint.config("transformer")
+        return cls(
+            blocks, modulation, rest, max(by_block.values(), default=0),
+            parts["text_encoder_2"].parameters, matrices(parts["text_encoder_2"]), parts["text_encoder"].parameters,
+            parts["vae"].parameters, config["num_attention_heads"] * config["attention_head_dim"],
+            checkpoint.config("vae")["block_out_channels"][1],
+        )  # fmt: skip
+
+    @property
+    def transformer(self) -> int:
+        return self.blocks + self.modulation + self.rest
+
+
+def matrices(part: Part) -> int:
+    """Parameters of T5's linear layers; the table of tokens is none."""
+    return sum(volume(shape) for name, shape in part.shapes().items() if len(shape) == 2 and ".block." in name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is laid out.
+
+    `needed`: bytes on the device, weights and work. `room`: the bytes that are free there; None where nobody counts.
+    `host`: bytes that weights take in host memory. `modulation_on_host`: whether its weights wait there, for lack of
+    room. `tile_above`: pixels of a canvas from which on decoding goes in tiles.
+    """
+
+    tier: Tier
+    needed: int = 0
+    room: int | None = None
+    host: int = 0
+    modulation_on_host: bool = False
+    tile_above: int | None = None
+
+    def __str__(self) -> str:
+        said = f"{self.tier}: {TIERS[self.tier]}"
+        if self.room is not None:
+            said += f"; {self.needed / 1e9:.1f} of {self.room / 1e9:.1f} GB"
+        if self.modulation_on_host and self.tier != "swap":
+            said += "; modulation in host memory"
+        if self.host:
+            said += f"; {self.host / 1e9:.1f} GB of host memory"
+        if self.tile_above is not None:
+            said += f"; decoding in tiles above {self.tile_above / 1e6:.1f} megapixels"
+        return said
+
+
+def plan(
+    sizes: Sizes, room: int | None, precisions: Precisions = "both", tier: Tier | None = None, largest: int = 1 << 22
+) -> Plan:
+    """The best layout that fits.
+
+    Args:
+        room: free bytes on the device; None where they are not counted, as on a CPU.
+        tier: this one, whether it fits or not.
+        largest: pixels of the largest canvas.
+
+    Raises:
+        StartError: nothing fits, or the tier asked for does not give the precisions asked for.
+    """
+    tiers = MEETS[precisions]
+    if tier is not None and tier not in tiers:
+        raise StartError(
+            f"--memory {tier} does not go with --precisions {precisions}. Leave one out; {precisions} goes with "
+            f"{', '.join(tiers)}."
+        )
+    if room is None:
+        return Plan(tier or tiers[0], modulation_on_host=tier == "swap")
+    work = step_work(sizes, largest) + decode_work(sizes, min(largest, SMALLEST_DECODE)) + SPARE
+    for candidate in [tier] if tier else tiers:
+        ways = [replace(way, needed=way.needed + work, room=room) for way in layouts(sizes, candidate)]
+        fitting = [way for way in ways if way.needed <= room]
+        if fitting or tier:
+            chosen = (fitting or ways[-1:])[0]
+            left = max(0, room - chosen.needed)
+            decodable = min(largest, SMALLEST_DECODE) + left // decode_work(sizes, 1)
+            return replace(chosen, tile_above=None if decodable >= largest else decodable)
+    least = min(way.needed for candidate in tiers for way in layouts(sizes, candidate)) + work
+    other = " --precisions both needs less." if precisions != "both" else ""
+    raise StartError(
+        f"{room / 1e9:.1f} GB are free on the device; this model needs {least / 1e9:.1f} GB at least.{other} Free "
+        "some, take another device with --devices, or lower --max-pixels."
+    )
+
+
+def layouts(sizes: Sizes, tier: Tier) -> list[Plan]:
+    """The ways to lay a tier out, the fastest first, with the bytes of the weights alone."""
+    rest = WORD * (sizes.clip + sizes.vae)
+    t5, t5_fp8 = WORD * sizes.t5, WORD * sizes.t5 - (WORD - 1) * sizes.t5_matrices
+    modulation = WORD * sizes.modulation
+    full = WORD * sizes.transformer
+    fp8 = sizes.blocks + WORD * sizes.rest
+    match tier:
+        case "both":
+            return [Plan(tier, full + sizes.blocks + t5 + rest)]
+        case "full":
+            return [Plan(tier, full + t5 + rest)]
+        case "fp8":
+            return [
+                Plan(tier, fp8 + modulation + t5_fp8 + rest),
+                Plan(tier, fp8 + t5_fp8 + rest, host=modulation, modulation_on_host=True),
+            ]
+        case "swap":
+            text = t5 + WORD * sizes.clip
+            return [Plan(tier, fp8 + rest, host=text + modulation, modulation_on_host=True)]
+        case "offload":
+            # The block at work, the one on its way, and the one that leaves.
+            return [Plan(tier, 3 * WORD * sizes.largest_block + rest, host=full + t5 + WORD * sizes.clip)]
+
+
+def step_work(sizes: Sizes, largest: int) -> int:
+    """Bytes that a pass holds beside the weights, at the largest canvas or a full batch of smaller ones."""
+    tokens = max(largest // 256, STEP_TOKENS) + TEXT
+    return BUFFERS * tokens * sizes.width * WORD
+
+
+def decode_work(sizes: Sizes, pixels: int) -> int:
+    return DECODER_BUFFERS * sizes.channels * pixels * WORD
+
+
+def room(device: str) -> int | None:
+    """Free bytes; None on a CPU."""
+    return None if device == "cpu" else int(torch.cuda.mem_get_info(device)[0])
 
 
 def is_exhausted(error: BaseException) -> bool:

@@ -29,12 +29,16 @@ class ReferenceCondition:
 
 
 class ReferenceTransformer:
-    """Wraps a loaded module."""
+    """Wraps a loaded module.
 
-    def __init__(self, module: Any) -> None:
+    Args:
+        device: where it computes, if its weights are elsewhere.
+    """
+
+    def __init__(self, module: Any, device: torch.device | None = None) -> None:
         self.module = module
         self.dtype: torch.dtype = module.dtype
-        self.device: torch.device = module.device
+        self.device: torch.device = device or module.device
 
     def condition(self, prompt: PromptEmbedding, sigmas: Sequence[float], guidance: float) -> ReferenceCondition:
         # Rounded to the model's precision before the division, as diffusers' FluxPipeline does.

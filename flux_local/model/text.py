@@ -30,13 +30,20 @@ class PromptEmbedding:
 
 
 class PromptEncoder:
-    """Both text encoders of FLUX.1 with their tokenizers."""
+    """Both text encoders of FLUX.1 with their tokenizers.
 
-    def __init__(self, tokenizer: Any, text_encoder: Any, tokenizer_2: Any, text_encoder_2: Any) -> None:
+    Args:
+        device: where they compute, if their weights are elsewhere.
+    """
+
+    def __init__(
+        self, tokenizer: Any, text_encoder: Any, tokenizer_2: Any, text_encoder_2: Any, device: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.tokenizer_2 = tokenizer_2
         self.text_encoder_2 = text_encoder_2
+        self.device = torch.device(device) if device else text_encoder_2.device
         self.max_length: int = tokenizer_2.model_max_length
 
     @torch.inference_mode()
@@ -44,7 +51,6 @@ class PromptEncoder:
         """CLIP reads `prompt`, T5 reads `prompt_2` (or `prompt`), cut or padded to `max_length` tokens."""
         length = max_length or self.max_length
         t5_prompt = prompt if prompt_2 is None else prompt_2
-        device = self.text_encoder_2.device
         t5 = self.tokenizer_2(
             t5_prompt,
             padding="max_length",
@@ -60,8 +66,8 @@ class PromptEncoder:
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         )
-        states = self.text_encoder_2(t5.input_ids.to(device)).last_hidden_state
-        pooled = self.text_encoder(clip.input_ids.to(device)).pooler_output
+        states = self.text_encoder_2(t5.input_ids.to(self.device)).last_hidden_state
+        pooled = self.text_encoder(clip.input_ids.to(self.device)).pooler_output
         tokens = int(t5.attention_mask.sum())
         end = int(t5.offset_mapping[0, :tokens, 1].max()) if tokens else 0
         whole = tokens < length or end >= len(t5_prompt.rstrip())

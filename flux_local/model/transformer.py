@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flux_local.model.graphs import Graphs
 from flux_local.model.latents import position_ids
-from flux_local.model.layers import Linear, Weights, joined, linear, mlp
+from flux_local.model.layers import HostLinear, Linear, Weights, joined, linear, mlp
 from flux_local.model.ops import Activation, Layout, Ops, Site, Vectors, part
 from flux_local.model.text import PromptEmbedding
 
@@ -71,6 +71,9 @@ class Stream:
     up: Linear
     down: Linear
 
+    def converted(self, convert: Callable[[Linear], Linear]) -> Stream:
+        return Stream(convert(self.qkv), convert(self.out), convert(self.up), convert(self.down))
+
 
 @dataclass(frozen=True)
 class DoubleBlock:
@@ -100,10 +103,28 @@ class Condition:
     """[steps, vectors, D]."""
 
 
+def same(linear: Linear) -> Linear:
+    return linear
+
+
 class FluxTransformer:
     """Noisy latents and a condition in, velocity out."""
 
-    def __init__(self, geometry: Geometry, weights: Weights, ops: Ops | None = None) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        weights: Weights,
+        ops: Ops | None = None,
+        convert: Callable[[Linear], Linear] = same,
+        fp8: bool = False,
+        modulation_weights: Weights | None = None,
+    ) -> None:
+        """
+        Args:
+            convert: what becomes of each matrix product of the blocks as soon as it is read.
+            fp8: whether those then take fp8 rows.
+            modulation_weights: the same tensors in host memory, for modulation that is to stay there.
+        """
         self.geometry = geometry
         self.ops = ops or Ops()
         self.image_in = linear(weights, "x_embedder")
@@ -111,12 +132,18 @@ class FluxTransformer:
         embedders = ["timestep_embedder", "guidance_embedder"] if geometry.guided else ["timestep_embedder"]
         self.scalars_in = [mlp(weights, f"time_text_embed.{name}") for name in embedders]
         self.pooled_in = mlp(weights, "time_text_embed.text_embedder")
-        self.modulation = modulation(geometry, weights)
-        self.doubles = [double_block(weights, f"transformer_blocks.{i}") for i in range(geometry.double_blocks)]
-        self.singles = [single_block(weights, f"single_transformer_blocks.{i}") for i in range(geometry.single_blocks)]
+        self.modulation = modulation(geometry, modulation_weights or weights)
+        if modulation_weights is not None:
+            self.modulation = HostLinear.of(self.modulation, self.image_in.weight.device)
+        self.doubles = [
+            double_block(weights, f"transformer_blocks.{i}", convert) for i in range(geometry.double_blocks)
+        ]
+        self.singles = [
+            single_block(weights, f"single_transformer_blocks.{i}", convert) for i in range(geometry.single_blocks)
+        ]
         self.out = linear(weights, "proj_out")
         self.sites = sites(geometry)
-        self.fp8 = False
+        self.fp8 = fp8
         """Whether what blocks take is put into fp8 where it is made."""
         self.dtype, self.device = self.image_in.weight.dtype, self.image_in.weight.device
         self._rotary: dict[tuple[int, int, int], Tensor] = {}
@@ -239,12 +266,10 @@ class FluxTransformer:
         Args:
             fp8: whether the products take fp8 rows.
         """
-
-        def stream(s: Stream) -> Stream:
-            return Stream(convert(s.qkv), convert(s.out), convert(s.up), convert(s.down))
-
         twin = copy.copy(self)
-        twin.doubles = [DoubleBlock(stream(b.text), stream(b.image), b.norm) for b in self.doubles]
+        twin.doubles = [
+            DoubleBlock(b.text.converted(convert), b.image.converted(convert), b.norm) for b in self.doubles
+        ]
         twin.singles = [SingleBlock(convert(b.qkv_up), b.norm, convert(b.out)) for b in self.singles]
         twin.fp8 = fp8
         twin.run = recorded(twin)
@@ -325,7 +350,7 @@ def modulation(geometry: Geometry, weights: Weights) -> Linear:
     return joined(weights, *names, "norm_out.linear")
 
 
-def double_block(weights: Weights, name: str) -> DoubleBlock:
+def double_block(weights: Weights, name: str, convert: Callable[[Linear], Linear]) -> DoubleBlock:
     attention = f"{name}.attn"
 
     def stream(q: str, k: str, v: str, out: str, feed_forward: str) -> Stream:
@@ -334,7 +359,7 @@ def double_block(weights: Weights, name: str) -> DoubleBlock:
             out=linear(weights, f"{attention}.{out}"),
             up=linear(weights, f"{name}.{feed_forward}.net.0.proj"),
             down=linear(weights, f"{name}.{feed_forward}.net.2"),
-        )
+        ).converted(convert)
 
     return DoubleBlock(
         text=stream("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context"),
@@ -346,12 +371,12 @@ def double_block(weights: Weights, name: str) -> DoubleBlock:
     )  # fmt: skip
 
 
-def single_block(weights: Weights, name: str) -> SingleBlock:
+def single_block(weights: Weights, name: str, convert: Callable[[Linear], Linear]) -> SingleBlock:
     attention = f"{name}.attn"
     return SingleBlock(
-        qkv_up=joined(weights, *(f"{attention}.{part}" for part in ("to_q", "to_k", "to_v")), f"{name}.proj_mlp"),
+        qkv_up=convert(joined(weights, *(f"{attention}.{p}" for p in ("to_q", "to_k", "to_v")), f"{name}.proj_mlp")),
         norm=head_norm(weights, attention, "norm_q", "norm_k")[None],
-        out=linear(weights, f"{name}.proj_out"),
+        out=convert(linear(weights, f"{name}.proj_out")),
     )
 
 

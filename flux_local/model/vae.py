@@ -21,9 +21,14 @@ a GPU all layers together take less than a step."""
 
 
 class Autoencoder:
-    """Packed latents to 8-bit RGB and back."""
+    """Packed latents to 8-bit RGB and back.
 
-    def __init__(self, vae: Any, ops: Ops | None = None) -> None:
+    Args:
+        tile_above: pixels of a canvas from which on it is decoded in tiles, which overlap and are blended.
+    """
+
+    def __init__(self, vae: Any, ops: Ops | None = None, tile_above: int | None = None) -> None:
+        self.tile_above = tile_above
         self.ops = ops or Ops()
         self.vae = vae.to(memory_format=torch.channels_last) if vae.device.type == "cuda" else vae
         self.in_bands = vae.device.type == "cpu"
@@ -53,6 +58,10 @@ class Autoencoder:
         spatial = unpack(latents, width, height)
         spatial = spatial / self.vae.config.scaling_factor + self.vae.config.shift_factor
         x = spatial.to(self.vae.dtype)
+        if self.tile_above is not None and width * height > self.tile_above:
+            tiled: Tensor = self.vae.tiled_decode(x, return_dict=False)[0]
+            yield
+            return tiled[0].float() / 2 + 0.5
         if self.vae.post_quant_conv is not None:
             x = self.vae.post_quant_conv(x)
         decoder = self.vae.decoder
