@@ -68,6 +68,10 @@ def parser() -> argparse.ArgumentParser:
     download.add_argument("--revision", help="a branch, tag or commit of it (default: its newest)")
     download.add_argument("--only", choices=["tokenizers"], help="what a checkpoint of single files lacks")
 
+    prepare = commands.add_parser("prepare", help="write the model's fp8 form once, so that starts need not make it")
+    prepare.set_defaults(run=run_prepare)
+    add_settings(prepare)
+
     doctor = commands.add_parser("doctor", help="check everything that a start depends on")
     doctor.set_defaults(run=run_doctor)
     doctor.add_argument("--verify", action="store_true", help="read all weights and compare their hashes")
@@ -175,6 +179,35 @@ def run_download(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_prepare(options: argparse.Namespace) -> int:
+    """Writes the transformer's final fp8 form for the first device, with a bar over the weights that are read."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from flux_local import weights
+    from flux_local.engine_process import pick_device
+    from flux_local.model import loader, prepared
+
+    settings = settings_from(options)
+    path = weights.find(settings.model)
+    weights.verify(path)
+    checkpoint, device = weights.identify(path), pick_device(settings.device_list()[0])
+    began = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty(), console=Console(stderr=True)) as bar:
+        dtype = loader.dtype_of(device)
+        total = checkpoint.parts["transformer"].parameters * dtype.itemsize
+        task = bar.add_task(f"preparing {weights.info(path).name}", total=total)
+        folder = prepared.write(
+            settings.cache_folder(), checkpoint, loader.weights_of(checkpoint, device), dtype,
+            lambda count: bar.advance(task, count),
+        )  # fmt: skip
+    seconds = time.monotonic() - began
+    print(f"{total / 1e9:.2f} GB prepared in {seconds:.1f} s, {seconds / total * 1e9:.2f} s a GB: {folder}")
+    print("A start that keeps the transformer in fp8 alone uses it: flux-local serve --memory fp8")
+    return 0
+
+
 def run_serve(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     import asyncio
@@ -190,7 +223,7 @@ def run_serve(options: argparse.Namespace) -> int:
         print(
             f"""
 flux-local {flux_local.__version__} serves {model} on {engine.device} ({", ".join(engine.precisions)}), \
-ready after {time.monotonic() - began:.1f} s
+ready after {time.monotonic() - began:.1f} s, {engine.weights_bytes / 1e9:.2f} GB loaded in {engine.load_seconds:.1f} s
 
   memory    {engine.memory}
   address   {address}/v1
@@ -228,7 +261,7 @@ def run_generate(options: argparse.Namespace) -> int:
         loading = bar.add_task(f"loading {model.name}", total=None)
         pipeline = load(
             weights.identify(folder), pick_device(settings.device_list()[0]), settings.precisions, settings.reference,
-            settings.tier(), model.canvas.max_area,
+            settings.tier(), model.canvas.max_area, settings.cache_folder(),
         )  # fmt: skip
         bar.remove_task(loading)
         if options.go_fast is None:

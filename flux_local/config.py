@@ -56,6 +56,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         float, Meta(gt=0, le=1, description="Probability of those labels from which on a picture is left out.")
     ] = 0.5
     safety_optional: Annotated[bool, Meta(description="Whether a request may turn the checker off.")] = False
+    cache_dir: Annotated[str, Meta(description="Folder for what `flux-local prepare` makes.")] = "~/.cache/flux-local"
     loras_dir: Annotated[str, Meta(description="Folder of LoRA adapters that requests may name.")] = "weights/loras"
     data_dir: Annotated[str, Meta(description="Folder for pictures behind URLs.")] = "~/.local/share/flux-local"
     public_url: Annotated[str, Meta(description="Base of the URLs in answers, if clients see another address.")] = ""
@@ -88,6 +89,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def device_list(self) -> list[str]:
         return [name.strip() for name in self.devices.split(",") if name.strip()] or ["auto"]
 
+    def cache_folder(self) -> Path:
+        return Path(self.cache_dir).expanduser()
+
     def loras_folder(self) -> Path:
         return Path(self.loras_dir).expanduser()
 
@@ -112,7 +116,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def engine_options(self) -> list[str]:
         """What an engine program has to be told."""
-        options = ["--precisions", self.precisions, *(["--reference"] if self.reference else [])]
+        options = [
+            "--cache",
+            str(self.cache_folder()),
+            "--precisions",
+            self.precisions,
+            *(["--reference"] if self.reference else []),
+        ]
         if (tier := self.tier()) is not None:
             options += ["--memory", tier]
         if (folder := self.safety_folder()) is not None:

@@ -59,8 +59,7 @@ def check(name: str, look: Callable[[], str]) -> Verdict:
 def of_weights(settings: Settings) -> str:
     path = weights.find(settings.model)
     weights.verify(path)
-    size = sum(file.stat().st_size for file in weights.identify(path).files)
-    return f"{weights.info(path).name}, {size / 1e9:.2f} GB in {path}"
+    return f"{weights.info(path).name}, {weights.identify(path).nbytes / 1e9:.2f} GB in {path}"
 
 
 def of_hashes(settings: Settings) -> str:

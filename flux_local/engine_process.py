@@ -74,9 +74,10 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
 
         device = pick_device(options.device)
         info = weights.info(options.model)
+        checkpoint = weights.identify(options.model)
         pipeline = load(
-            weights.identify(options.model), device, options.precisions, options.reference, options.memory,
-            info.canvas.max_area,
+            checkpoint, device, options.precisions, options.reference, options.memory,
+            info.canvas.max_area, options.cache,
         )  # fmt: skip
         checker = safety_checker(options, device)
         loaded = time.monotonic()
@@ -88,8 +89,12 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
     width, height = canvas_for(table_size("1:1", "1K"), info.canvas)
     per_token = step_seconds / (width * height // 256)
     pulse.enter(Phase.IDLE)
-    memory = str(pipeline.plan)
-    channel.send(Ready(device, pipeline.precisions, loaded - started, now - loaded, step_seconds, per_token, memory))
+    channel.send(
+        Ready(
+            device, pipeline.precisions, loaded - started, now - loaded, step_seconds, per_token, str(pipeline.plan),
+            checkpoint.nbytes,
+        )
+    )  # fmt: skip
     Engine(pipeline, channel, pulse, per_token, checker).run()
 
 
@@ -115,6 +120,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precisions", default="both")
     parser.add_argument("--memory")
+    parser.add_argument("--cache", type=Path)
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--safety", type=Path)
     parser.add_argument("--safety-labels", default="")

@@ -40,6 +40,7 @@ from torch import Tensor, nn  # noqa: E402
 from flux_local.model.denoiser import Denoiser, Picture  # noqa: E402
 from flux_local.model.fp8 import in_fp8  # noqa: E402
 from flux_local.model.latents import initial_noise  # noqa: E402
+from flux_local.model.layers import Layers  # noqa: E402
 from flux_local.model.ops import Layout, Ops  # noqa: E402
 from flux_local.model.reference import ReferenceTransformer  # noqa: E402
 from flux_local.model.schedule import FlowSchedule  # noqa: E402
@@ -160,7 +161,7 @@ class Bench:
         self.module = self.filled(lambda: FluxTransformer2DModel(**self.scale.transformer))
         began = time.perf_counter()
         weights = self.module.state_dict()
-        self.ours = FluxTransformer(Geometry.of(self.module.config), weights.__getitem__, self.ops)
+        self.ours = FluxTransformer(Geometry.of(self.module.config), Layers(weights.__getitem__), self.ops)
         self.fast = in_fp8(self.ours)
         self.theirs = ReferenceTransformer(self.module)
         self.report.timings["fuse_weights_s"] = time.perf_counter() - began

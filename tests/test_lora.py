@@ -25,6 +25,7 @@ from torch import Tensor
 from flux_local.errors import InvalidValue
 from flux_local.model.checkpoint import of_folder
 from flux_local.model.fp8 import in_fp8
+from flux_local.model.layers import Layers
 from flux_local.model.loader import load
 from flux_local.model.lora import Adapters, Factors, read, shapes
 from flux_local.model.tensors import Tensors
@@ -104,7 +105,7 @@ def small() -> tuple[dict[str, Tensor], FluxTransformer]:
     """A random model's state dict and our transformer of it, which shares none of its memory."""
     module = random_module(SMALL)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    return state, FluxTransformer(Geometry.of(module.config), lambda name: state[name].clone())
+    return state, FluxTransformer(Geometry.of(module.config), Layers(lambda name: state[name].clone()))
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.7])
@@ -115,7 +116,9 @@ def test_a_merged_transformer_is_one_of_merged_weights(small: Any, scale: float,
         save_file(diffusers_layout(adapter), tmp_path / f"{name}.safetensors")
     choice = ((str(tmp_path / "a.safetensors"), scale, 0), (str(tmp_path / "b.safetensors"), 0.5, 0))
     Adapters(state.__getitem__).use(transformer, choice)
-    expected = FluxTransformer(transformer.geometry, merged(merged(state, first, scale), second, 0.5).__getitem__)
+    expected = FluxTransformer(
+        transformer.geometry, Layers(merged(merged(state, first, scale), second, 0.5).__getitem__)
+    )
     for ours, theirs in zip(transformer.linears(), expected.linears(), strict=True):
         torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=1e-6)
 
@@ -198,7 +201,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("loras")
     config = json.loads((MODEL / "transformer" / "config.json").read_text())
     transformer = FluxTransformer(
-        Geometry.of(config), Tensors(of_folder(MODEL).parts["transformer"], "cpu", torch.float32)
+        Geometry.of(config), Layers(Tensors(of_folder(MODEL).parts["transformer"], "cpu", torch.float32))
     )
     layers = shapes(transformer)
     save_file(diffusers_layout(factors(layers, 1)), folder / "first style.safetensors")

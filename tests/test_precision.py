@@ -17,7 +17,7 @@ from PIL import Image
 
 from flux_local.model.fp8 import Fp8Linear, RoundedLinear, in_fp8, rounded
 from flux_local.model.latents import initial_noise
-from flux_local.model.layers import Linear
+from flux_local.model.layers import Layers, Linear
 from flux_local.model.loader import Pipeline
 from flux_local.model.ops import LARGEST, Layout, Ops, quantised
 from flux_local.model.transformer import FluxTransformer, Geometry
@@ -81,10 +81,10 @@ def test_blocks_in_fp8_give_what_the_emulation_gives(kernels: bool, batch: int) 
     from flux_local.model.kernels import KERNELS
 
     module = random_module(SMALL)
-    exact = FluxTransformer(Geometry.of(module.config), module.state_dict().__getitem__)
+    exact = FluxTransformer(Geometry.of(module.config), Layers(module.state_dict().__getitem__))
     chosen = {name: op for name, op in KERNELS.items() if name != "attention"} if kernels else {}
     narrow = FluxTransformer(
-        exact.geometry, lambda name: module.state_dict()[name].bfloat16(), replace(Ops(), **chosen)
+        exact.geometry, Layers(lambda name: module.state_dict()[name].bfloat16()), replace(Ops(), **chosen)
     )  # fmt: skip
     layout = Layout(batch, 4, 6)
     rotary = exact.rotary(48, 32, layout.text)

@@ -9,6 +9,7 @@ import torch
 
 from flux_local.model.denoiser import Denoiser, Picture
 from flux_local.model.latents import initial_noise
+from flux_local.model.layers import Layers
 from flux_local.model.loader import Pipeline
 from flux_local.model.ops import Layout, gathered, scattered
 from flux_local.model.reference import ReferenceTransformer
@@ -48,7 +49,9 @@ def prompt_of(config: dict[str, Any], text: int, seed: int) -> PromptEmbedding:
 
 
 def both(module: Any) -> tuple[ReferenceTransformer, FluxTransformer]:
-    return ReferenceTransformer(module), FluxTransformer(Geometry.of(module.config), module.state_dict().__getitem__)
+    return ReferenceTransformer(module), FluxTransformer(
+        Geometry.of(module.config), Layers(module.state_dict().__getitem__)
+    )
 
 
 def velocities(module: Any, batch: int, width: int, height: int, text: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flux_local import weights
 from flux_local.errors import WeightsError
@@ -49,8 +51,20 @@ def test_a_shard_that_an_index_names(folder: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": SHARD, "b": "model-00002-of-00002.safetensors"}}))
     with pytest.raises(WeightsError, match="00002-of-00002"):
         weights.verify(folder)
+    index.write_text(json.dumps({"weight_map": {"proj_out.weight": SHARD, "proj_out.more": SHARD}}))
+    with pytest.raises(WeightsError, match=r"lacks the tensor proj_out\.more"):
+        weights.verify(folder)
     index.write_text("[]")
     with pytest.raises(WeightsError, match="index"):
+        weights.verify(folder)
+
+
+def test_a_tensor_that_other_blocks_have(folder: Path) -> None:
+    path, name = folder / "transformer" / SHARD, "single_transformer_blocks.2.proj_mlp.weight"
+    state = load_file(path)
+    del state[name]
+    save_file(state, path)
+    with pytest.raises(WeightsError, match=re.escape(name)):
         weights.verify(folder)
 
 

@@ -146,6 +146,7 @@ def probes(services: Services) -> APIRouter:
                 for engine in services.dispatcher.engines
             ],
             "load_seconds": round(state.load_seconds, 3),
+            "weights_bytes": state.weights_bytes,
             "warm_up_seconds": round(state.warm_up_seconds, 3),
             "step_seconds": round(state.step_seconds, 4),
         }

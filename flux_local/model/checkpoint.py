@@ -138,6 +138,11 @@ class Checkpoint:
             raise WeightsError(f"{path} is damaged. Copy or download the model again.") from error
 
     @property
+    def nbytes(self) -> int:
+        """Of all files of weights."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """All files of weights, each once."""
         found = [header.path for part in self.parts.values() for header in part.headers]
@@ -187,7 +192,7 @@ def of_folder(folder: Path) -> Checkpoint:
         if not headers:
             raise WeightsError(f"{folder / component} holds no .safetensors file. Copy or download the model again.")
         parts[component] = Part(headers)
-    check_channels(parts["transformer"])
+    check_transformer(parts["transformer"])
     return Checkpoint(folder, folder, parts)
 
 
@@ -213,7 +218,7 @@ def of_files(path: Path, homes: Sequence[Path]) -> Checkpoint:
         names = ", ".join(part.headers[0].path.name for part in transformers)
         raise WeightsError(f"{path} holds several transformers ({names}). Give the path of one of them.")
     transformer = transformers[0]
-    check_channels(transformer)
+    check_transformer(transformer)
     around = path.parent if path.is_file() else path
     places = [around, around.parent, *(around.parent / name for name in BESIDE)]
     nearby = [file for place in places for file in sorted(weight_files(place)) if file not in given]
@@ -230,14 +235,30 @@ def of_files(path: Path, homes: Sequence[Path]) -> Checkpoint:
     return Checkpoint(path, home_of([around, around.parent, *homes]), parts)
 
 
-def check_channels(transformer: Part) -> None:
-    """Raises `WeightsError` for a transformer that is given more than noisy latents: FLUX.1 Fill, Canny or Depth."""
-    shape = transformer.shapes().get("img_in.weight" if transformer.layout == "bfl" else "x_embedder.weight")
+def check_transformer(part: Part) -> None:
+    """Raises `WeightsError` for one that is given more than noisy latents (FLUX.1 Fill, Canny or Depth), or one of
+    whose blocks lacks a tensor that another of its kind has."""
+    shapes, path = part.shapes(), part.headers[0].path
+    shape = shapes.get("img_in.weight" if part.layout == "bfl" else "x_embedder.weight")
     if shape is not None and shape[1] != TOKEN:
         raise WeightsError(
-            f"{transformer.headers[0].path} takes {shape[1]} numbers a token where FLUX.1 [dev], [schnell] and Krea "
-            f"take {TOKEN}: a model for filling or control, which is not served. Give one of text to image."
+            f"{path} takes {shape[1]} numbers a token where FLUX.1 [dev], [schnell] and Krea take {TOKEN}: a model for "
+            "filling or control, which is not served. Give one of text to image."
         )
+    blocks: dict[str, dict[str, set[str]]] = {}
+    for name in shapes:
+        kind, _, rest = name.partition(".")
+        if kind.endswith("_blocks"):
+            index, _, tensor = rest.partition(".")
+            blocks.setdefault(kind, {}).setdefault(index, set()).add(tensor)
+    for kind, found in blocks.items():
+        every = set[str]().union(*found.values())
+        for index in map(str, range(len(found))):
+            for tensor in sorted(every - found.get(index, set())):
+                raise WeightsError(
+                    f"{path.parent} lacks the tensor {part.prefix}{kind}.{index}.{tensor}. "
+                    "Copy or download the model again."
+                )
 
 
 def home_of(places: Sequence[Path]) -> Path:

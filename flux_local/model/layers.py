@@ -77,20 +77,58 @@ class Mlp:
         return self.second(F.silu(self.first(x)))
 
 
-def linear(weights: Weights, name: str) -> Linear:
-    weight = weights(f"{name}.weight")
-    return Linear(weight, weights(f"{name}.bias"), parts=((name, len(weight)),))
+def same(linear: Linear) -> Linear:
+    return linear
+
+
+class Layers:
+    """The layers of a transformer, made of a module's tensors by diffusers' names.
+
+    Args:
+        convert: what becomes of each matrix product of the blocks as soon as it is read.
+        host: the same tensors in host memory, if modulation is to stay there; then `device` is where its input is.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        convert: Callable[[Linear], Linear] = same,
+        host: Weights | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.weights, self.convert, self.host, self.device = weights, convert, host, device
+
+    def linear(self, *names: str) -> Linear:
+        """A layer, or several of the same input as one: their outputs side by side."""
+        return joined(self.weights, *names)
+
+    def block(self, *names: str) -> Linear:
+        """As `linear`, of a transformer block."""
+        return self.convert(joined(self.weights, *names))
+
+    def modulation(self, *names: str) -> Linear:
+        """As `linear`, of what is used once a picture."""
+        if self.host is None:
+            return joined(self.weights, *names)
+        return HostLinear.of(joined(self.host, *names), self.device or torch.device("cpu"))
+
+    def mlp(self, name: str) -> Mlp:
+        return Mlp(self.linear(f"{name}.linear_1"), self.linear(f"{name}.linear_2"))
+
+    def norms(self, *names: str) -> Tensor:
+        """[len(names), size]: the weights of several normalisations."""
+        return torch.stack([self.weights(f"{name}.weight") for name in names])
 
 
 def joined(weights: Weights, *names: str) -> Linear:
-    """Several layers of the same input as one: their outputs side by side."""
-    layers = [linear(weights, name) for name in names]
-    return Linear(
-        torch.cat([layer.weight for layer in layers]),
-        torch.cat([layer.bias for layer in layers]),
-        parts=tuple(part for layer in layers for part in layer.parts),
-    )
-
-
-def mlp(weights: Weights, name: str) -> Mlp:
-    return Mlp(linear(weights, f"{name}.linear_1"), linear(weights, f"{name}.linear_2"))
+    """Several layers of the same input as one: their outputs side by side. No more than one is held twice."""
+    biases = [weights(f"{name}.bias") for name in names]
+    parts = tuple((name, len(bias)) for name, bias in zip(names, biases, strict=True))
+    weight = weights(f"{names[0]}.weight")
+    if len(names) == 1:
+        return Linear(weight, biases[0], parts=parts)
+    whole, at = weight.new_empty(sum(rows for _, rows in parts), weight.shape[1]), 0
+    for name, rows in parts:
+        whole[at : at + rows] = weights(f"{name}.weight")
+        at += rows
+    return Linear(whole, torch.cat(biases), parts=parts)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flux_local.errors import FluxError, NotAvailable, WeightsError
-from flux_local.model import memory
+from flux_local.model import memory, prepared
 from flux_local.model.checkpoint import Checkpoint, Component, Part, identify
 from flux_local.model.denoiser import Denoiser, Keep, Picture, noised
 from flux_local.model.fp8 import conversion, in_fp8, store_in_fp8
 from flux_local.model.latents import initial_noise
-from flux_local.model.layers import Weights
+from flux_local.model.layers import Layers, Weights
 from flux_local.model.lora import Adapters, Choice
 from flux_local.model.memory import Plan, Precisions, Tier
 from flux_local.model.ops import Layout, Ops
+from flux_local.model.prepared import PreparedLayers, Target
 from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.schedule import FlowSchedule
 from flux_local.model.selfcheck import Sizes, accelerated
@@ -129,6 +130,7 @@ def load(
     reference: bool = False,
     tier: Tier | None = None,
     largest: int = 1 << 22,
+    cache: Path | None = None,
 ) -> Pipeline:
     """Loads the model onto the device: fp32 on the CPU, bf16 on a GPU.
 
@@ -137,13 +139,14 @@ def load(
         reference: with diffusers' own transformer instead of ours, in the model's own precision alone.
         tier: how the memory is used; the best that fits, if not said.
         largest: pixels of the largest canvas.
+        cache: folder of prepared models; one is used where the transformer is wanted in fp8 alone.
 
     Raises:
         WeightsError: a component is missing or cannot be read; the message names it. StartError: it does not fit.
     """
     checkpoint = identify(model) if isinstance(model, Path) else model
     quieten()
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = dtype_of(device)
     with translated(checkpoint.path):
         geometry = Geometry.of(checkpoint.config("transformer"))
         plan = memory.plan(
@@ -161,18 +164,34 @@ def load(
             in_groups = plan.tier == "offload"
             denoiser = Denoiser(reference_transformer(checkpoint, host if in_groups else weights, device, in_groups))
         elif plan.tier in ("fp8", "swap"):
-            convert, takes_fp8 = conversion(torch.device(device), ops)
-            denoiser = fast = Denoiser(
-                FluxTransformer(geometry, weights, ops, convert, takes_fp8, host if plan.modulation_on_host else None)
-            )
+            convert, native = conversion(torch.device(device), ops)
+            ready = None if cache is None else prepared.find(cache, checkpoint, dtype)
+            if ready is None:
+                layers = Layers(weights, convert, host if plan.modulation_on_host else None, torch.device(device))
+            else:
+                target = Target(device, native, ops.quantised, plan.modulation_on_host)
+                layers = PreparedLayers(ready, target)
+                plan = replace(plan, prepared=True)
+            denoiser = fast = Denoiser(FluxTransformer(geometry, layers, ops, native))
         else:
-            own = FluxTransformer(geometry, weights, ops)
+            own = FluxTransformer(geometry, Layers(weights), ops)
             denoiser = Denoiser(own)
             if plan.tier == "both":
                 fast = Denoiser(in_fp8(own))
         vae = Autoencoder(autoencoder(checkpoint, device, dtype), ops, plan.tile_above)
     schedule = FlowSchedule.of(checkpoint.scheduler())
     return Pipeline(text, denoiser, vae, schedule, fast, None if plain else Adapters(weights), plan)
+
+
+def dtype_of(device: str) -> torch.dtype:
+    """The model's own precision on a device."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def weights_of(checkpoint: Checkpoint, device: str) -> Weights:
+    """The transformer's tensors of a checkpoint, as a device has them."""
+    geometry = Geometry.of(checkpoint.config("transformer"))
+    return transformer_weights(checkpoint.parts["transformer"], geometry, device, dtype_of(device))
 
 
 def operations(geometry: Geometry, device: str, dtype: torch.dtype) -> Ops:

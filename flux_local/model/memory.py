@@ -107,7 +107,8 @@ class Plan:
 
     `needed`: bytes on the device, weights and work. `room`: the bytes that are free there; None where nobody counts.
     `host`: bytes that weights take in host memory. `modulation_on_host`: whether its weights wait there, for lack of
-    room. `tile_above`: pixels of a canvas from which on decoding goes in tiles.
+    room. `tile_above`: pixels of a canvas from which on decoding goes in tiles. `prepared`: whether the transformer
+    was read as `flux-local prepare` left it.
     """
 
     tier: Tier
@@ -116,6 +117,7 @@ class Plan:
     host: int = 0
     modulation_on_host: bool = False
     tile_above: int | None = None
+    prepared: bool = False
 
     def __str__(self) -> str:
         said = f"{self.tier}: {TIERS[self.tier]}"
@@ -127,7 +129,7 @@ class Plan:
             said += f"; {self.host / 1e9:.1f} GB of host memory"
         if self.tile_above is not None:
             said += f"; decoding in tiles above {self.tile_above / 1e6:.1f} megapixels"
-        return said
+        return said + ("; as prepared" if self.prepared else "")
 
 
 def plan(

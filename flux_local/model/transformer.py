@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flux_local.model.graphs import Graphs
 from flux_local.model.latents import position_ids
-from flux_local.model.layers import HostLinear, Linear, Weights, joined, linear, mlp
+from flux_local.model.layers import Layers, Linear
 from flux_local.model.ops import Activation, Layout, Ops, Site, Vectors, part
 from flux_local.model.text import PromptEmbedding
 
@@ -71,9 +71,6 @@ class Stream:
     up: Linear
     down: Linear
 
-    def converted(self, convert: Callable[[Linear], Linear]) -> Stream:
-        return Stream(convert(self.qkv), convert(self.out), convert(self.up), convert(self.down))
-
 
 @dataclass(frozen=True)
 class DoubleBlock:
@@ -103,45 +100,25 @@ class Condition:
     """[steps, vectors, D]."""
 
 
-def same(linear: Linear) -> Linear:
-    return linear
-
-
 class FluxTransformer:
     """Noisy latents and a condition in, velocity out."""
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        weights: Weights,
-        ops: Ops | None = None,
-        convert: Callable[[Linear], Linear] = same,
-        fp8: bool = False,
-        modulation_weights: Weights | None = None,
-    ) -> None:
+    def __init__(self, geometry: Geometry, layers: Layers, ops: Ops | None = None, fp8: bool = False) -> None:
         """
         Args:
-            convert: what becomes of each matrix product of the blocks as soon as it is read.
-            fp8: whether those then take fp8 rows.
-            modulation_weights: the same tensors in host memory, for modulation that is to stay there.
+            fp8: whether the blocks' products take fp8 rows.
         """
         self.geometry = geometry
         self.ops = ops or Ops()
-        self.image_in = linear(weights, "x_embedder")
-        self.text_in = linear(weights, "context_embedder")
+        self.image_in = layers.linear("x_embedder")
+        self.text_in = layers.linear("context_embedder")
         embedders = ["timestep_embedder", "guidance_embedder"] if geometry.guided else ["timestep_embedder"]
-        self.scalars_in = [mlp(weights, f"time_text_embed.{name}") for name in embedders]
-        self.pooled_in = mlp(weights, "time_text_embed.text_embedder")
-        self.modulation = modulation(geometry, modulation_weights or weights)
-        if modulation_weights is not None:
-            self.modulation = HostLinear.of(self.modulation, self.image_in.weight.device)
-        self.doubles = [
-            double_block(weights, f"transformer_blocks.{i}", convert) for i in range(geometry.double_blocks)
-        ]
-        self.singles = [
-            single_block(weights, f"single_transformer_blocks.{i}", convert) for i in range(geometry.single_blocks)
-        ]
-        self.out = linear(weights, "proj_out")
+        self.scalars_in = [layers.mlp(f"time_text_embed.{name}") for name in embedders]
+        self.pooled_in = layers.mlp("time_text_embed.text_embedder")
+        self.modulation = modulation(geometry, layers)
+        self.doubles = [double_block(layers, f"transformer_blocks.{i}") for i in range(geometry.double_blocks)]
+        self.singles = [single_block(layers, f"single_transformer_blocks.{i}") for i in range(geometry.single_blocks)]
+        self.out = layers.linear("proj_out")
         self.sites = sites(geometry)
         self.fp8 = fp8
         """Whether what blocks take is put into fp8 where it is made."""
@@ -266,10 +243,12 @@ class FluxTransformer:
         Args:
             fp8: whether the products take fp8 rows.
         """
+
+        def stream(s: Stream) -> Stream:
+            return Stream(convert(s.qkv), convert(s.out), convert(s.up), convert(s.down))
+
         twin = copy.copy(self)
-        twin.doubles = [
-            DoubleBlock(b.text.converted(convert), b.image.converted(convert), b.norm) for b in self.doubles
-        ]
+        twin.doubles = [DoubleBlock(stream(b.text), stream(b.image), b.norm) for b in self.doubles]
         twin.singles = [SingleBlock(convert(b.qkv_up), b.norm, convert(b.out)) for b in self.singles]
         twin.fp8 = fp8
         twin.run = recorded(twin)
@@ -341,45 +320,40 @@ def sites(geometry: Geometry) -> list[Site]:
     ]
 
 
-def modulation(geometry: Geometry, weights: Weights) -> Linear:
+def modulation(geometry: Geometry, layers: Layers) -> Linear:
     """The modulation layers of all blocks as one, in the order that `sites` describes."""
     names = []
     for i in range(geometry.double_blocks):
         names += [f"transformer_blocks.{i}.norm1.linear", f"transformer_blocks.{i}.norm1_context.linear"]
     names += [f"single_transformer_blocks.{i}.norm.linear" for i in range(geometry.single_blocks)]
-    return joined(weights, *names, "norm_out.linear")
+    return layers.modulation(*names, "norm_out.linear")
 
 
-def double_block(weights: Weights, name: str, convert: Callable[[Linear], Linear]) -> DoubleBlock:
+def double_block(layers: Layers, name: str) -> DoubleBlock:
     attention = f"{name}.attn"
 
     def stream(q: str, k: str, v: str, out: str, feed_forward: str) -> Stream:
         return Stream(
-            qkv=joined(weights, *(f"{attention}.{part}" for part in (q, k, v))),
-            out=linear(weights, f"{attention}.{out}"),
-            up=linear(weights, f"{name}.{feed_forward}.net.0.proj"),
-            down=linear(weights, f"{name}.{feed_forward}.net.2"),
-        ).converted(convert)
+            qkv=layers.block(*(f"{attention}.{part}" for part in (q, k, v))),
+            out=layers.block(f"{attention}.{out}"),
+            up=layers.block(f"{name}.{feed_forward}.net.0.proj"),
+            down=layers.block(f"{name}.{feed_forward}.net.2"),
+        )
 
     return DoubleBlock(
         text=stream("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context"),
         image=stream("to_q", "to_k", "to_v", "to_out.0", "ff"),
         norm=torch.stack([
-            head_norm(weights, attention, "norm_added_q", "norm_added_k"),
-            head_norm(weights, attention, "norm_q", "norm_k"),
+            layers.norms(f"{attention}.norm_added_q", f"{attention}.norm_added_k"),
+            layers.norms(f"{attention}.norm_q", f"{attention}.norm_k"),
         ]),
     )  # fmt: skip
 
 
-def single_block(weights: Weights, name: str, convert: Callable[[Linear], Linear]) -> SingleBlock:
+def single_block(layers: Layers, name: str) -> SingleBlock:
     attention = f"{name}.attn"
     return SingleBlock(
-        qkv_up=convert(joined(weights, *(f"{attention}.{p}" for p in ("to_q", "to_k", "to_v")), f"{name}.proj_mlp")),
-        norm=head_norm(weights, attention, "norm_q", "norm_k")[None],
-        out=convert(linear(weights, f"{name}.proj_out")),
+        qkv_up=layers.block(*(f"{attention}.{part}" for part in ("to_q", "to_k", "to_v")), f"{name}.proj_mlp"),
+        norm=layers.norms(f"{attention}.norm_q", f"{attention}.norm_k")[None],
+        out=layers.block(f"{name}.proj_out"),
     )
-
-
-def head_norm(weights: Weights, attention: str, query: str, key: str) -> Tensor:
-    """[2, head size]."""
-    return torch.stack([weights(f"{attention}.{query}.weight"), weights(f"{attention}.{key}.weight")])
