@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from flux_local.errors import InvalidValue, NotFound, WeightsError
-from flux_local.model.checkpoint import safetensors_header
+from flux_local.model.headers import safetensors_header
 
 SUFFIX = ".safetensors"
 NAME = re.compile(r"[^\W_][\w .+()-]{0,150}")

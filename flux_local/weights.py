@@ -8,7 +8,8 @@ from pathlib import Path
 
 from flux_local.errors import WeightsError
 from flux_local.model import checkpoint
-from flux_local.model.checkpoint import Checkpoint, is_model, read_header
+from flux_local.model.checkpoint import Checkpoint, is_model
+from flux_local.model.headers import read_header
 from flux_local.params import ModelInfo
 from flux_local.sizes import CanvasRange
 from flux_local.steps import Masks
@@ -102,10 +103,12 @@ def verify(path: Path) -> None:
             places = dict(json.loads(index.read_text())["weight_map"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{index} is damaged. Copy or download the model again.") from error
-        for shard in sorted(set(places.values())):
+        shards = sorted(set(places.values()))
+        for shard in shards:
+            if not (index.parent / shard).is_file():
+                raise WeightsError(f"{index.parent / shard} is missing. Copy or download the model again.")
+        for shard in shards:
             file = index.parent / shard
-            if not file.is_file():
-                raise WeightsError(f"{file} is missing. Copy or download the model again.")
             lost = {name for name, place in places.items() if place == shard} - set(read_header(file).shapes)
             if lost:
                 raise WeightsError(

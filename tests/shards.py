@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from flux_local.model import prepared
-from flux_local.model.checkpoint import Checkpoint, Part, read_header
+from flux_local.model.checkpoint import Checkpoint, Part
+from flux_local.model.headers import read_header
 from flux_local.model.tensors import Tensors
 
 CONFIG = {"patch_size": 1, "in_channels": 64, "num_layers": 3, "num_single_layers": 3, "attention_head_dim": 128,

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from flux_local import weights
 from flux_local.errors import WeightsError
-from flux_local.model.checkpoint import Header, Part, transformer_config
+from flux_local.model.checkpoint import Part, transformer_config
+from flux_local.model.headers import Header
 from flux_local.model.loader import Pipeline, load
 from flux_local.model.tensors import DiffusersNames, Tensors
 from tests import formats

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flux_local.errors import WeightsError
+from flux_local.model.headers import Header, read_header, volume
 
 Component = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
 Layout = Literal["diffusers", "bfl"]
@@ -22,8 +23,6 @@ FOLDERS = ("scheduler", *COMPONENTS, "tokenizer", "tokenizer_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TOKEN = 64
 """Numbers of a token of latents: two by two of sixteen channels."""
-MAX_HEADER = 100_000_000
-"""Bytes: the format's own limit."""
 SUFFIXES = (".safetensors", ".gguf")
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin"})
 READ = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "GGUF"})
@@ -59,17 +58,6 @@ NAMED = {
     "text_encoder": "the CLIP text encoder (clip_l.safetensors)",
     "text_encoder_2": "the T5 text encoder (t5xxl_fp16.safetensors or one in fp8)",
 }
-
-
-@dataclass(frozen=True)
-class Header:
-    """A file's tensors: the type of each and its shape, outputs first."""
-
-    path: Path
-    types: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
-    size: int
-    """Bytes that the file should have."""
 
 
 @dataclass(frozen=True)
@@ -357,60 +345,3 @@ def transformer_config(part: Part) -> dict[str, Any]:
 
 def count(shapes: dict[str, tuple[int, ...]], blocks: str) -> int:
     return len({name.split(".")[1] for name in shapes if name.startswith(f"{blocks}.")})
-
-
-def volume(shape: tuple[int, ...]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
-
-
-def read_header(path: Path) -> Header:
-    """Raises `WeightsError` for a file that has no header to be read."""
-    return gguf_header(path) if path.suffix.lower() == ".gguf" else safetensors_header(path)
-
-
-def safetensors_header(path: Path) -> Header:
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAX_HEADER:
-                raise ValueError("a header of that size cannot be")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        size = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        return Header(
-            path,
-            {name: str(entry["dtype"]) for name, entry in entries.items()},
-            {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()},
-            size,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise WeightsError(
-            f"{path} is damaged: it has no safetensors header. Copy or download the model again."
-        ) from error
-
-
-def gguf_header(path: Path) -> Header:
-    reader = gguf_reader(path)
-    types, shapes, end = dict[str, str](), dict[str, tuple[int, ...]](), 0
-    for tensor in reader.tensors:
-        types[tensor.name] = "GGUF"
-        shapes[tensor.name] = tuple(int(side) for side in reversed(tensor.shape))
-        end = max(end, int(tensor.data_offset) + int(tensor.n_bytes))
-    return Header(path, types, shapes, end)
-
-
-def gguf_reader(path: Path) -> Any:
-    """Raises `WeightsError` where the package is missing or the file is cut or none."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise WeightsError(f"{path} needs the package gguf. Install it: pip install 'flux-local[gguf]'.") from error
-    try:
-        return GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise WeightsError(
-            f"{path} is damaged: it is cut or no GGUF file. Copy or download the model again."
-        ) from error

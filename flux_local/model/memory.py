@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 
 from flux_local.errors import StartError
-from flux_local.model.checkpoint import Checkpoint, Part, volume
+from flux_local.model.checkpoint import Checkpoint, Part
+from flux_local.model.headers import volume
 
 Tier = Literal["both", "full", "fp8", "swap", "offload"]
 Precisions = Literal["both", "full", "fp8"]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from flux_local.errors import WeightsError
-from flux_local.model.checkpoint import Part, gguf_reader
+from flux_local.model.checkpoint import Part
+from flux_local.model.headers import gguf_reader
 
 SCALES = ("scale_weight", "weight_scale")
 """ComfyUI's names, older and newer, for what an fp8 weight is to be multiplied by."""
