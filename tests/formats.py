@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux_local.model.tensors import bfl_name
+from flux_local.model.bfl import bfl_name
 from tests.servers import MODEL
 
 WIDTH = int(json.loads((MODEL / "transformer" / "config.json").read_text())["num_attention_heads"]) * int(

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from flux_local import weights
 from flux_local.errors import WeightsError
+from flux_local.model.bfl import DiffusersNames
 from flux_local.model.checkpoint import Part, transformer_config
 from flux_local.model.headers import Header
 from flux_local.model.loader import Pipeline, load
-from flux_local.model.tensors import DiffusersNames, Tensors
+from flux_local.model.tensors import Tensors
 from tests import formats
 from tests.servers import MODEL, pictures, running, started
 

@@ -27,7 +27,7 @@ from flux_local.model.checkpoint import of_folder
 from flux_local.model.fp8 import in_fp8
 from flux_local.model.layers import Layers
 from flux_local.model.loader import load
-from flux_local.model.lora import Adapters, Factors, read, shapes
+from flux_local.model.lora import KEPT, Adapters, Factors, read, shapes
 from flux_local.model.tensors import Tensors
 from flux_local.model.transformer import FluxTransformer, Geometry
 from tests.servers import MODEL, ROOT, Server, pictures, running
@@ -82,6 +82,27 @@ def xlabs_layout(adapter: dict[str, Factors]) -> dict[str, Tensor]:
         key = f"double_blocks.{match[1]}.processor.proj_lora{1 if match[2] == 'to_out.0' else 2}"
         found |= {f"{key}.down.weight": f.down.clone(), f"{key}.up.weight": f.up.clone()}
     return found
+
+
+def bfl_layout(adapter: dict[str, Factors]) -> dict[str, Tensor]:
+    """Black Forest Labs' names: query, key and value are one matrix, which one factor reads; shift before scale."""
+    found: dict[str, Tensor] = {}
+    joined = {name: f for name, f in adapter.items() if ".to_" in name and "to_out" not in name}
+    for block in {name.rsplit(".", 1)[0] for name in joined}:
+        q, k, v = (joined[f"{block}.{part}"] for part in ("to_q", "to_k", "to_v"))
+        names = {
+            "transformer_blocks": "double_blocks.{}.img_attn.qkv",
+            "single_transformer_blocks": "single_blocks.{}.linear1",
+        }
+        stem, index, _ = block.split(".")
+        key, parts = "diffusion_model." + names[stem].format(index), [q.up, k.up, v.up]
+        if stem.startswith("single"):
+            parts.append(adapter[f"{stem}.{index}.proj_mlp"].up)
+        found |= {f"{key}.lora_A.weight": q.down.clone(), f"{key}.lora_B.weight": torch.cat(parts)}
+    shift, scale = adapter["norm_out.linear"].up.chunk(2)[::-1]
+    last, down = "diffusion_model.final_layer.adaLN_modulation.1", adapter["norm_out.linear"].down.clone()
+    return found | {f"{last}.lora_down.weight": down, f"{last}.lora_up.weight": 2 * torch.cat([shift, scale]),
+                    f"{last}.alpha": torch.tensor(RANK / 2)}  # fmt: skip
 
 
 def merged(state: dict[str, Tensor], adapter: dict[str, Factors], scale: float) -> dict[str, Tensor]:
@@ -149,6 +170,59 @@ def test_the_layouts_that_trainers_write(small: Any, layout: Any, layers: tuple[
     assert found.keys() == adapter.keys()
     for name, f in adapter.items():
         torch.testing.assert_close(found[name].up @ found[name].down, f.up @ f.down)
+
+
+def test_the_layout_of_black_forest_labs(small: Any, tmp_path: Path) -> None:
+    """Joined matrices share the factor that reads."""
+    has = shapes(small[1])
+    adapter = factors(
+        {name: has[name] for name in has if re.search(r"blocks\.1\.(attn\.to_[qkv]|proj_mlp)|norm_out", name)}
+    )
+    for name in adapter:
+        first = adapter[re.sub(r"(attn\.to_[kv]|proj_mlp)$", "attn.to_q", name)]
+        adapter[name] = Factors(adapter[name].up, first.down)
+    assert len(adapter) == 3 + 4 + 1
+    stored = bfl_layout(adapter)
+    save_file({k: v.contiguous() for k, v in stored.items()}, tmp_path / "a.safetensors")
+    found = read(str(tmp_path / "a.safetensors"), has)
+    assert found.keys() == adapter.keys()
+    for name, f in adapter.items():
+        torch.testing.assert_close(found[name].up @ found[name].down, f.up @ f.down)
+    stored["diffusion_model.double_blocks.7.img_mlp.0.lora_A.weight"] = torch.zeros(4, 64)
+    save_file({k: v.contiguous() for k, v in stored.items()}, tmp_path / "b.safetensors")
+    with pytest.raises(InvalidValue, match=r"double_blocks\.7"):
+        read(str(tmp_path / "b.safetensors"), has)
+
+
+def test_going_back_to_a_set_of_adapters_is_a_copy(small: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    state, transformer = small
+    fast, names = in_fp8(transformer, native=True), []
+    for i in range(KEPT + 2):
+        adapter = factors({"transformer_blocks.1.attn.to_q": shapes(transformer)["transformer_blocks.1.attn.to_q"]}, i)
+        save_file(diffusers_layout(adapter), tmp_path / f"{i}.safetensors")
+        names.append(((str(tmp_path / f"{i}.safetensors"), 1.0, 0),))
+    adapters, computed = Adapters(state.__getitem__), 0
+    plain = adapters.sum
+
+    def counted(*arguments: Any) -> Tensor:
+        nonlocal computed
+        computed += 1
+        return plain(*arguments)
+
+    monkeypatch.setattr(adapters, "sum", counted)
+    adapters.use(fast, names[0])
+    first = [tensor.clone() for linear in fast.linears() for tensor in linear.state()]
+    for choice in ((), names[0], (), names[0]):
+        adapters.use(fast, choice)
+    assert computed == 2, "once with the adapter, once without"
+    assert all(torch.equal(a.float(), b.float()) for a, b in
+               zip(first, [t for linear in fast.linears() for t in linear.state()], strict=True))  # fmt: skip
+    for choice in names:
+        adapters.use(fast, choice)
+    assert computed == 2 + len(names) - 1
+    assert len(adapters.held) == KEPT
+    adapters.use(fast, names[0])
+    assert computed == 2 + len(names), "the one used longest ago has made room"
 
 
 def test_an_alpha_beside_diffusers_names(small: Any, tmp_path: Path) -> None:

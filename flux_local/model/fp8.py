@@ -47,6 +47,9 @@ class Fp8Linear(Linear):
         self.weight.copy_(values)
         self.scale.copy_(scale.t())
 
+    def state(self) -> tuple[Tensor, ...]:
+        return (self.weight, self.scale)
+
     def __call__(self, x: Activation) -> Tensor:
         values, scale = x if isinstance(x, Rows) else self.quantise(x)
         return torch._scaled_mm(

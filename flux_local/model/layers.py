@@ -37,6 +37,15 @@ class Linear:
         """Another weight [out, in] in the same memory, so that what was recorded with it stays good."""
         self.weight.copy_(weight)
 
+    def state(self) -> tuple[Tensor, ...]:
+        """What `load` changes."""
+        return (self.weight,)
+
+    def restore(self, state: tuple[Tensor, ...]) -> None:
+        """A copy of an earlier `state`, in the same memory."""
+        for tensor, held in zip(self.state(), state, strict=True):
+            tensor.copy_(held)
+
     def __call__(self, x: Activation) -> Tensor:
         assert isinstance(x, Tensor)
         return F.linear(x, self.weight, self.bias)

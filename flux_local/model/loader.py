@@ -12,6 +12,7 @@ import torch
 
 from flux_local.errors import FluxError, NotAvailable, WeightsError
 from flux_local.model import memory, prepared
+from flux_local.model.bfl import DiffusersNames
 from flux_local.model.checkpoint import Checkpoint, Component, Part, identify
 from flux_local.model.denoiser import Denoiser, Keep, Picture, noised
 from flux_local.model.fp8 import conversion, in_fp8, store_in_fp8
@@ -24,7 +25,7 @@ from flux_local.model.prepared import PreparedLayers, Target
 from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.schedule import FlowSchedule
 from flux_local.model.selfcheck import Sizes, accelerated
-from flux_local.model.tensors import DiffusersNames, Tensors
+from flux_local.model.tensors import Tensors
 from flux_local.model.text import PromptCache, PromptEmbedding, PromptEncoder
 from flux_local.model.transformer import FluxTransformer, Geometry
 from flux_local.model.vae import Autoencoder

@@ -2,8 +2,9 @@
 
 A layer with adapters has the weight base + Σ scale · up · down, computed in fp32 and rounded once, in the memory that
 it had before: recorded graphs stay good, and fp8 layers are quantised anew from the sum. The base is never computed
-back but loaded again, so that nothing drifts. Key layouts are told apart and converted by diffusers. Knows nothing of
-where adapters are kept or who may use them.
+back but loaded again, so that nothing drifts; what a layer held lately is kept where the device has room, so that
+going back costs a copy. Key layouts are told apart and converted by diffusers, but for Black Forest Labs' own (`bfl`).
+Knows nothing of where adapters are kept or who may use them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 
 from flux_local.errors import InvalidValue
-from flux_local.model import memory
+from flux_local.model import bfl, memory
 from flux_local.model.layers import Linear, Weights
 from flux_local.model.transformer import FluxTransformer
 
 KEPT = 8
-"""Adapters that are kept in memory beyond their use."""
+"""Adapters, and sets of them for each layer, that are kept in memory beyond their use."""
 
 Choice = tuple[tuple[str, float, int], ...]
 """Paths of adapters, each with its scale and a number that is another when the file has changed."""
@@ -55,6 +56,8 @@ class Adapters:
         self.bases: dict[tuple[tuple[str, int], ...], Tensor] = {}
         self.merged: dict[int, Choice] = {}
         self.read: OrderedDict[tuple[str, int], Adapter] = OrderedDict()
+        self.held: OrderedDict[tuple[int, Choice], tuple[Tensor, ...]] = OrderedDict()
+        """What a layer holds with a set of adapters, of those last used."""
         self.at: tuple[int, Choice] | None = None
         """The transformer last brought anywhere, and where to."""
 
@@ -74,9 +77,25 @@ class Adapters:
             acting = [(one, adapter) for one, adapter in chosen if not names.isdisjoint(adapter)]
             wanted = tuple(one for one, _ in acting)
             if self.merged.get(id(linear), ()) != wanted:
-                linear.load(self.sum(linear, [(scale, adapter) for (_, scale, _), adapter in acting]))
+                key = (id(linear), wanted)
+                if key in self.held:
+                    self.held.move_to_end(key)
+                    linear.restore(self.held[key])
+                else:
+                    linear.load(self.sum(linear, [(scale, adapter) for (_, scale, _), adapter in acting]))
+                    self.hold(key, linear)
                 self.merged[id(linear)] = wanted
         self.at = (id(transformer), choice)
+
+    def hold(self, key: tuple[int, Choice], linear: Linear) -> None:
+        """Keeps what the layer holds now, in the place of what was used longest ago."""
+        layers = {layer for layer, _ in self.held} | {key[0]}
+        while len(self.held) >= KEPT * len(layers):
+            self.held.popitem(last=False)
+        while self.held and not memory.has_room(linear.weight):
+            self.held.popitem(last=False)
+        if memory.has_room(linear.weight):
+            self.held[key] = tuple(tensor.clone() for tensor in linear.state())
 
     def sum(self, linear: Linear, acting: list[tuple[float, Adapter]]) -> Tensor:
         """The layer's base and what the adapters add to it."""
@@ -120,7 +139,7 @@ def shapes(transformer: FluxTransformer) -> dict[str, tuple[int, int]]:
 
 
 def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
-    """A file in diffusers', Kohya's or XLabs' layout.
+    """A file in diffusers', Kohya's, XLabs' or Black Forest Labs' layout.
 
     Raises:
         InvalidValue: not safetensors, a layout that nobody knows, or layers that this model does not have.
@@ -130,7 +149,11 @@ def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
 
     name = Path(path).stem
     try:
-        found, alphas = FluxPipeline.lora_state_dict(load_file(path), return_alphas=True)
+        stored = load_file(path)
+        if bfl.is_adapter(stored):
+            found, alphas = bfl.adapter(stored, shapes, shapes["x_embedder"][0])
+        else:
+            found, alphas = FluxPipeline.lora_state_dict(stored, return_alphas=True)
     except Exception as error:  # a stranger's file: whatever a reader makes of it is about the file
         raise refused(name, f"it cannot be read ({type(error).__name__})") from error
     adapter: Adapter = {}

@@ -1,7 +1,7 @@
 """A component's tensors by name, out of whatever form its files have, in the precision and on the device asked for.
 
 What is packed (fp8 with or without scales, GGUF's blocks) is unpacked as it is read, a tensor at a time and on the
-device, so that the host never holds a copy. What comes out has diffusers' names. Never a pickle, never the network.
+device, so that the host never holds a copy. Never a pickle, never the network.
 """
 
 from __future__ import annotations
@@ -91,87 +91,3 @@ def unpacked(entry: Any, device: str) -> Tensor:
         )
     found: Tensor = dequantize_gguf_tensor(GGUFParameter(data, quant_type=entry.tensor_type))
     return found
-
-
-class DiffusersNames:
-    """A transformer's tensors in Black Forest Labs' layout, by their names in diffusers' module.
-
-    There query, key and value are one matrix, and the last modulation has shift before scale.
-    """
-
-    def __init__(self, tensors: Tensors, width: int) -> None:
-        self.tensors = tensors
-        self.width = width
-
-    def __call__(self, name: str) -> Tensor:
-        layer, kind = name.rsplit(".", 1)
-        stored, first, rows = bfl_name(layer, self.width)
-        found = self.tensors(f"{stored}.{'scale' if '.norm.' in stored else kind}")
-        if layer == "norm_out.linear":
-            return torch.cat(found.chunk(2)[::-1])
-        return found if rows is None else found[first : first + rows]
-
-
-EMBEDDERS = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
-    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-    "proj_out": "final_layer.linear",
-}
-DOUBLE = {
-    "norm1.linear": "img_mod.lin",
-    "norm1_context.linear": "txt_mod.lin",
-    "attn.norm_q": "img_attn.norm.query_norm",
-    "attn.norm_k": "img_attn.norm.key_norm",
-    "attn.norm_added_q": "txt_attn.norm.query_norm",
-    "attn.norm_added_k": "txt_attn.norm.key_norm",
-    "attn.to_out.0": "img_attn.proj",
-    "attn.to_add_out": "txt_attn.proj",
-    "ff.net.0.proj": "img_mlp.0",
-    "ff.net.2": "img_mlp.2",
-    "ff_context.net.0.proj": "txt_mlp.0",
-    "ff_context.net.2": "txt_mlp.2",
-}
-DOUBLE_ROWS = {
-    "attn.to_q": ("img_attn.qkv", 0),
-    "attn.to_k": ("img_attn.qkv", 1),
-    "attn.to_v": ("img_attn.qkv", 2),
-    "attn.add_q_proj": ("txt_attn.qkv", 0),
-    "attn.add_k_proj": ("txt_attn.qkv", 1),
-    "attn.add_v_proj": ("txt_attn.qkv", 2),
-}
-SINGLE = {
-    "norm.linear": "modulation.lin",
-    "attn.norm_q": "norm.query_norm",
-    "attn.norm_k": "norm.key_norm",
-    "proj_out": "linear2",
-}
-SINGLE_ROWS = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "proj_mlp": 3}
-
-
-def bfl_name(layer: str, width: int) -> tuple[str, int, int | None]:
-    """A layer of diffusers' module → its name in Black Forest Labs' layout, and which rows of that it is; None for all.
-
-    Raises:
-        KeyError: no layer of FLUX.1's transformer.
-    """
-    if layer in EMBEDDERS:
-        return EMBEDDERS[layer], 0, None
-    blocks, index, rest = layer.split(".", 2)
-    if blocks == "transformer_blocks":
-        block = f"double_blocks.{index}"
-        if rest in DOUBLE_ROWS:
-            joined, place = DOUBLE_ROWS[rest]
-            return f"{block}.{joined}", place * width, width
-        return f"{block}.{DOUBLE[rest]}", 0, None
-    block = f"single_blocks.{index}"
-    if rest in SINGLE_ROWS:
-        place = SINGLE_ROWS[rest]
-        return f"{block}.linear1", place * width, width if place < 3 else 4 * width
-    return f"{block}.{SINGLE[rest]}", 0, None
