@@ -32,6 +32,7 @@ bench: $(VENV)/test.done
 # Runs from the bare tree, in whatever Python has torch with CUDA, triton, diffusers, transformers and Pillow.
 gpu-check:
 	$(PYTHON) scripts/gpu_check.py --out docs/benchmarks/gpu-check.json
+	$(PYTHON) scripts/load_check.py --out docs/benchmarks/load-check.json
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flux-local needs Python 3.11 or newer; set PYTHON=…"; exit 1; }

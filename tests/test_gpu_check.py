@@ -12,6 +12,7 @@ import pytest
 from tests.servers import ROOT, environment
 
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
+LOADS = ROOT / "scripts" / "load_check.py"
 NOT_THERE = ("fastapi", "starlette", "uvicorn", "msgspec", "multipart", "rich", "sentencepiece", "httpx", "openai")
 
 
@@ -39,7 +40,22 @@ def test_runs_on_a_bare_machine(tmp_path: Path) -> None:
     assert printed["floor"]["64"]["least_ms"] > 0
 
 
-def test_without_a_gpu_it_says_so() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment())
+@pytest.mark.timeout(300)
+def test_every_way_to_load_is_measured(tmp_path: Path) -> None:
+    """`scripts/load_check.py`: a process for each, all five, adapters where they can be changed."""
+    command = [sys.executable, str(LOADS), "--device", "cpu", "--small", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {one["tier"]: one for one in json.loads(done.stdout.splitlines()[-1])["loads"]}
+    assert list(found) == ["both", "full", "fp8", "swap", "offload"]
+    assert all(one["load_s"] > 0 and one["gb"] > 0 and one["host_gb"] >= 0 for one in found.values())
+    assert {tier for tier, one in found.items() if "switch_s" in one} == {"both", "fp8", "swap"}
+    assert found["both"]["switch_s"]["held"] > 0
+    assert list(tmp_path.iterdir()) == [], "it cleans up"
+
+
+@pytest.mark.parametrize("script", [SCRIPT, LOADS])
+def test_without_a_gpu_it_says_so(script: Path) -> None:
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment())
     assert done.returncode == 2
     assert "--device cpu --small" in done.stderr

@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""What loading FLUX.1 costs on this card: seconds a gigabyte, memory of host and device, and a change of adapters.
+
+    make gpu-check            (or: scripts/load_check.py --out docs/benchmarks/CARD-load.json)
+
+Writes FLUX.1's whole architecture with random weights to a folder (34 GB; --folder says where), then loads it in a
+process of its own in each way that the memory can be used, draws a step of the largest canvas and decodes, and compares
+the device's peak with the plan. Needs torch, triton, diffusers, transformers, accelerate and safetensors. Ends with a
+table and one JSON document, and exits 1 when a check fails. `--small` runs it at toy sizes, on a CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import torch  # noqa: E402
+from gpu_check import Bench, say  # noqa: E402
+from proof.scale import REAL, SMALL, Scale  # noqa: E402
+
+from flux_local.model import memory  # noqa: E402
+from flux_local.model.checkpoint import identify  # noqa: E402
+from flux_local.model.flux1 import CONFIGS, SCHEDULER  # noqa: E402
+
+EMBEDDED = ROOT / "weights" / "flux-krea-mini"
+LARGEST = 2048
+WITHIN = 0.10
+"""Of the plan, how far the measured peak may be from it."""
+HOST = 1.3
+"""Times the largest shard that a load may hold in host memory, beside what is to stay there."""
+SWITCH = 0.5
+"""Seconds for a change of adapters in fp8."""
+RANK = 16
+
+
+def write_model(folder: Path, device: str, scale: Scale) -> None:
+    """A diffusers folder of the architecture; the tokenizers are the embedded model's, whose numbers are fewer."""
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    bench = Bench(device, scale)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    clip = CONFIGS["text_encoder"]
+    if scale is SMALL:
+        clip = {**clip, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {
+        "transformer": lambda: FluxTransformer2DModel(**scale.transformer),
+        "vae": lambda: AutoencoderKL(**scale.vae, **kinds),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**clip)),
+        "text_encoder_2": lambda: T5EncoderModel(T5Config(**scale.t5, feed_forward_proj="gated-gelu")),
+    }
+    for name, make in parts.items():
+        module = bench.filled(make)
+        module.save_pretrained(folder / name, max_shard_size="10GB")
+        del module
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(EMBEDDED / name, folder / name)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+
+
+def own_memory() -> int:
+    """Bytes of this process that no file backs."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+
+class Watch:
+    """The most of its own memory that this process has while the block runs, above what it had before."""
+
+    def __enter__(self) -> Watch:
+        self.before = self.most = own_memory()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        return self
+
+    def look(self) -> None:
+        while not self.done.wait(0.01):
+            self.most = max(self.most, own_memory())
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    @property
+    def held(self) -> int:
+        return self.most - self.before
+
+
+def load_once(folder: Path, device: str, tier: memory.Tier, side: int) -> dict[str, Any]:
+    """Loads, draws a step, decodes, and changes adapters; what each of that took."""
+    import diffusers  # noqa: F401, its import is no part of loading
+    import transformers  # noqa: F401
+
+    from flux_local.model.loader import load
+
+    checkpoint = identify(folder)
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.ones(1, device=device)
+    with Watch() as watch:
+        began = time.perf_counter()
+        pipeline = load(checkpoint, device, tier=tier, largest=side * side)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    transformer = checkpoint.parts["transformer"]
+    found: dict[str, Any] = {
+        "tier": tier, "plan": str(pipeline.plan), "planned_gb": pipeline.plan.needed / 1e9,
+        "load_s": seconds, "gb": checkpoint.nbytes / 1e9, "s_per_gb": seconds / checkpoint.nbytes * 1e9,
+        "host_gb": watch.held / 1e9, "host_planned_gb": pipeline.plan.host / 1e9,
+        "largest_shard_gb": max(header.size for header in transformer.headers) / 1e9,
+    }  # fmt: skip
+    picture = pipeline.begin(pipeline.text.encode("a step"), side, side, seed=0, steps=2, guidance=4.5)
+    pipeline.denoiser.advance([picture])
+    pipeline.denoiser.advance([picture])
+    decoded = min(side, 1024)
+    small = pipeline.begin(pipeline.text.encode("a step"), decoded, decoded, seed=0, steps=1, guidance=4.5)
+    pipeline.vae.decode(small.latents, decoded, decoded)
+    if cuda:
+        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        found["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    if pipeline.fast is not None and pipeline.adapters is not None:
+        found["switch_s"] = switches(pipeline, folder)
+    return found
+
+
+def switches(pipeline: Any, folder: Path) -> dict[str, float]:
+    """Seconds to a set of adapters on every layer, from it, and back to it."""
+    from safetensors.torch import save_file
+
+    from flux_local.model.lora import shapes
+
+    transformer, factors = pipeline.fast.transformer, {}
+    for name, (out, into) in shapes(transformer).items():
+        factors[f"transformer.{name}.lora_A.weight"] = torch.randn(RANK, into) * into**-0.5
+        factors[f"transformer.{name}.lora_B.weight"] = 0.01 * torch.randn(out, RANK)
+    path = folder / "adapter.safetensors"
+    save_file(factors, path)
+    choice = ((str(path), 1.0, 0),)
+    taken = {}
+    for name, wanted in (("first", choice), ("off", ()), ("again", choice), ("off again", ()), ("held", choice)):
+        began = time.perf_counter()
+        pipeline.adapters.use(transformer, wanted)
+        if transformer.device.type == "cuda":
+            torch.cuda.synchronize()
+        taken[name] = time.perf_counter() - began
+    return taken
+
+
+def judge(found: dict[str, Any]) -> list[str]:
+    """What is not as promised."""
+    failed = []
+    if found["host_gb"] > HOST * found["largest_shard_gb"] + found["host_planned_gb"]:
+        failed.append(f"{found['tier']}: {found['host_gb']:.1f} GB of host memory")
+    if "reserved_gb" in found and abs(found["reserved_gb"] / found["planned_gb"] - 1) > WITHIN:
+        failed.append(f"{found['tier']}: {found['reserved_gb']:.1f} GB, planned {found['planned_gb']:.1f}")
+    if "switch_s" in found and found["switch_s"]["held"] > SWITCH:
+        failed.append(f"{found['tier']}: {found['switch_s']['held']:.2f} s to change adapters")
+    return failed
+
+
+def child(folder: Path, device: str, tier: str, side: int) -> dict[str, Any]:
+    """`load_once` in a process of its own, so that nothing is left of the one before."""
+    command = [sys.executable, __file__, "--child", tier, "--folder", str(folder), "--device", device]
+    done = subprocess.run([*command, "--side", str(side)], capture_output=True, text=True)
+    if done.returncode:
+        return {"tier": tier, "failed": (done.stderr.strip().splitlines() or ["no word"])[-1]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="toy sizes: a test of this script")
+    parser.add_argument("--tiers", default=",".join(memory.TIERS), help="which to load, by commas")
+    parser.add_argument("--folder", type=Path, help="where to write the model, 34 GB (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, help="also write the JSON document here")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--side", type=int, default=LARGEST, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(load_once(options.folder, options.device, options.child, options.side)))
+        return 0
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        print("load_check: torch sees no GPU. Try --device cpu --small to see what this does.", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        folder = Path(place) / "model"
+        began = time.perf_counter()
+        write_model(folder, options.device, SMALL if options.small else REAL)
+        say(f"model written in {time.perf_counter() - began:.0f} s")
+        if options.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        found = []
+        for tier in options.tiers.split(","):
+            found.append(child(folder, options.device, tier, 128 if options.small else options.side))
+            say(json.dumps(found[-1]))
+    failed = [f"{one['tier']}: {one['failed']}" for one in found if "failed" in one]
+    failed += [reason for one in found if "failed" not in one and not options.small for reason in judge(one)]
+    say(f"\n{'tier':10}{'load s':>8}{'s a GB':>8}{'host GB':>9}{'planned':>9}{'peak GB':>9}{'reserved':>10}")
+    for one in found:
+        if "failed" not in one:
+            say(f"{one['tier']:10}{one['load_s']:8.1f}{one['s_per_gb']:8.2f}{one['host_gb']:9.2f}"
+                f"{one['planned_gb']:9.1f}{one.get('peak_gb', 0):9.1f}{one.get('reserved_gb', 0):10.1f}")  # fmt: skip
+    say(f"\n{len(failed)} failed{': ' + '; '.join(failed) if failed else ''}")
+    document = {"loads": found, "failed": failed, "small": options.small}
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(document, indent=2) + "\n")
+    print(json.dumps(document))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
