@@ -69,9 +69,10 @@ def pick_device(asked: str) -> str:
 def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> None:
     """Loads, warms up, says so, and draws until the other end closes."""
     try:
-        started = time.monotonic()
-        from flux_local.model.loader import load
+        from flux_local.model.loader import import_libraries, load
 
+        import_libraries()
+        started = time.monotonic()
         device = pick_device(options.device)
         info = weights.info(options.model)
         checkpoint = weights.identify(options.model)

@@ -72,7 +72,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
     `precisions`: the model's own, then fp8, of those that are loaded. `step_seconds`: a step of the picture at the
     model's 1:1 canvas, alone; `token_seconds`: an image token's share of that. `memory`: how the model is laid out.
-    `weights_bytes`: of its files.
+    `load_seconds`: without imports. `weights_bytes`: of its files.
     """
 
     device: str

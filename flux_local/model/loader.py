@@ -146,7 +146,7 @@ def load(
         WeightsError: a component is missing or cannot be read; the message names it. StartError: it does not fit.
     """
     checkpoint = identify(model) if isinstance(model, Path) else model
-    quieten()
+    import_libraries()
     dtype = dtype_of(device)
     with translated(checkpoint.path):
         geometry = Geometry.of(checkpoint.config("transformer"))
@@ -281,12 +281,13 @@ def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype, plan
 def autoencoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Any:
     """diffusers' `AutoencoderKL` with the checkpoint's tensors."""
     from diffusers import AutoencoderKL
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     part, config = checkpoint.parts["vae"], checkpoint.config("vae")
     tensors = Tensors(part, device, dtype)
     state = {name: tensors(name) for name in tensors.names()}
     if part.layout == "bfl":
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
         state = convert_ldm_vae_checkpoint(state, config)
     module = AutoencoderKL.from_config(config)
     module.load_state_dict(state)
@@ -313,11 +314,14 @@ class translated:
             ) from error
 
 
-def quieten() -> None:
-    """Keeps the libraries' progress bars and notes for developers off the user's terminal."""
+def import_libraries() -> None:
+    """Imports what loading needs, which takes seconds, and keeps its progress bars and notes for developers off the
+    user's terminal."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    from diffusers import AutoencoderKL  # noqa: F401
     from diffusers.utils import logging as diffusers_logging
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # noqa: F401
     from transformers.utils import logging as transformers_logging
 
     for library in (diffusers_logging, transformers_logging):
