@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="what to draw")
     generate.add_argument("-o", "--output", default="out.png", metavar="FILE", help="file to write (default out.png)")
     settings = {setting.name: setting for setting in config.describe()}
-    for name in ("model", "devices", "precisions", "reference", "loras_dir"):
+    for name in ("model", "devices", "precisions", "memory", "reference", "loras_dir", "cache_dir"):
         add_setting(generate, settings[name])
     add_config_file(generate)
     for parameter in params.PARAMETERS:

@@ -94,6 +94,7 @@ def of_memory(settings: Settings, asked: str) -> str:
     from flux_local.engine_process import pick_device
     from flux_local.model import memory
 
+    memory.free()
     path = weights.find(settings.model)
     precisions: memory.Precisions = "full" if settings.reference else settings.precisions
     sizes, largest = memory.Sizes.of(weights.identify(path)), weights.info(path).canvas.max_area

@@ -96,6 +96,8 @@ class Engine:
         self.seconds_per_token = seconds_per_token
         self.step_seconds = 0.0
         self.checker = checker
+        if pipeline.adapters is not None:
+            pipeline.adapters.beat = pulse.renew
         self.unchecked: dict[Decoding, bytes] = {}
         """Pictures that the safety checker has not decided on."""
 

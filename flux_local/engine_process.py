@@ -93,6 +93,7 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
     channel.send(
         Ready(
             device, pipeline.precisions, loaded - started, now - loaded, step_seconds, per_token, str(pipeline.plan),
+            pipeline.plan.tier,
             checkpoint.nbytes,
         )
     )  # fmt: skip

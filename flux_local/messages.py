@@ -70,9 +70,9 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The warm-up picture is drawn.
 
-    `precisions`: the model's own, then fp8, of those that are loaded. `step_seconds`: a step of the picture at the
-    model's 1:1 canvas, alone; `token_seconds`: an image token's share of that. `memory`: how the model is laid out.
-    `load_seconds`: without imports. `weights_bytes`: of its files.
+    `precisions`: the model's own, then fp8, of those that are loaded. `load_seconds`: without imports. `step_seconds`:
+    a step of the picture at the model's 1:1 canvas, alone; `token_seconds`: an image token's share of that. `memory`:
+    how the model is laid out, in words; `tier`: the name of that. `weights_bytes`: of the model's files.
     """
 
     device: str
@@ -82,6 +82,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     step_seconds: float
     token_seconds: float
     memory: str
+    tier: str
     weights_bytes: int
 
 

@@ -54,6 +54,11 @@ class Pulse:
         padded = serials + (0,) * (MOST - len(serials))
         RECORD.pack_into(self._page, 0, time.monotonic(), phase, len(serials), *padded)
 
+    def renew(self) -> None:
+        """The phase goes on, and lives: its time begins anew."""
+        state = self.read()
+        self.enter(state.phase, state.serials)
+
     def read(self) -> State:
         since, phase, count, *serials = RECORD.unpack_from(self._page, 0)
         return State(Phase(phase), since, tuple(serials[:count]))

@@ -71,12 +71,14 @@ class Supervisor:
         self.patience = patience
         self.max_falls = max_falls
         self.window = window
-        self.options = options
+        self.options = list(options)
         self.busy = busy
         self.on_message = on_message
         self.on_ready = on_ready
         self.on_fall = on_fall
         self.ready: Ready | None = None
+        self.ready_once: Ready | None = None
+        """What the engine said when it was last ready, though it may have died since."""
         self.process: subprocess.Popen[bytes] | None = None
         self.sent = 0.0
         self._falls: deque[float] = deque()
@@ -200,7 +202,10 @@ class Supervisor:
             error.exit_code = message.exit_code
             raise error
         assert isinstance(message, Ready)
-        self.ready = message
+        if self.ready_once is None:
+            # What comes after a crash is laid out as the first was, though the memory that is free may tempt otherwise.
+            self.options += ["--memory", message.tier]
+        self.ready = self.ready_once = message
         self.on_ready(self)
         return reader
 

@@ -204,6 +204,38 @@ def test_a_start_with_a_part_missing_ends_with_its_name(tmp_path: Path) -> None:
         assert "T5" in server.output
 
 
+def test_other_models_beside_it_are_left_alone(tmp_path: Path) -> None:
+    """A folder of many models: a larger checkpoint of everything, and a T5 of another language, change nothing."""
+    path = formats.comfy_folders(tmp_path / "models")
+    expected = {name: part.headers[0].path for name, part in weights.identify(path).parts.items()}
+    clips = path.parent.parent / "clip"
+    stranger = {f"model.diffusion_model.input_blocks.{i}.weight": torch.zeros(500, 500) for i in range(3)}
+    for file in ("clip/clip_l", "vae/ae"):
+        stranger |= {f"first.{n}": t for n, t in load_file(path.parent.parent / f"{file}.safetensors").items()}
+    save_file(stranger, clips / "sdxl.safetensors")
+    save_file(stranger, path.parent.parent / "vae" / "sdxl.safetensors")
+    t5 = load_file(clips / "t5xxl_fp16.safetensors")
+    save_file(t5 | {"shared.weight": torch.zeros(40_000, t5["shared.weight"].shape[1])}, clips / "umt5.safetensors")
+    found = {name: part.headers[0].path for name, part in weights.identify(path).parts.items()}
+    assert found == expected
+    own = formats.all_in_one(tmp_path / "models" / "checkpoints")
+    assert set(weights.identify(own).files) == {own}, "what is in the file itself comes first"
+
+
+def test_layers_that_are_not_in_fp8_need_no_scales(original: Any, tmp_path: Path) -> None:
+    """ComfyUI's mixed files keep some layers as they are; scales by blocks are refused, not misread."""
+    path = formats.fp8_scaled(tmp_path / "model", scale="weight_scale")
+    state, plain = load_file(path), formats.bfl_transformer(formats.stored("transformer"))
+    name = "double_blocks.1.img_mlp.0"
+    mixed = {n: t for n, t in state.items() if not n.startswith(f"{name}.weight_") and "input" not in n}
+    save_file(mixed | {f"{name}.weight": plain[f"{name}.weight"]}, path)
+    error = float(np.mean((drawn(load_at(path)) - original) ** 2))
+    assert 10 * np.log10(255**2 / error) > 20
+    save_file(state | {f"{name}.weight_scale": torch.ones(3, 5)}, path)
+    with pytest.raises(WeightsError, match="scales by blocks"):
+        load_at(path)
+
+
 def test_of_several_that_fit_the_finest_is_taken(tmp_path: Path) -> None:
     path = formats.bfl_files(tmp_path / "model")
     fine = path.parent / "t5xxl_fp16.safetensors"

@@ -214,15 +214,36 @@ def test_going_back_to_a_set_of_adapters_is_a_copy(small: Any, tmp_path: Path, m
     first = [tensor.clone() for linear in fast.linears() for tensor in linear.state()]
     for choice in ((), names[0], (), names[0]):
         adapters.use(fast, choice)
-    assert computed == 2, "once with the adapter, once without"
+    assert computed == 2 * 3, "once with the adapter, once without, of three parts each"
     assert all(torch.equal(a.float(), b.float()) for a, b in
                zip(first, [t for linear in fast.linears() for t in linear.state()], strict=True))  # fmt: skip
     for choice in names:
         adapters.use(fast, choice)
-    assert computed == 2 + len(names) - 1
+    assert computed == 3 * (2 + len(names) - 1)
     assert len(adapters.held) == KEPT
     adapters.use(fast, names[0])
-    assert computed == 2 + len(names), "the one used longest ago has made room"
+    assert computed == 3 * (2 + len(names)), "the one used longest ago has made room"
+
+
+def test_a_change_that_went_wrong_is_made_anew(small: Any, tmp_path: Path) -> None:
+    """Memory that runs out in the middle of a layer leaves nothing half merged for whoever comes next."""
+    state, transformer = small
+    before, name = weights_of(transformer), "transformer_blocks.1.attn.to_"
+    adapter = factors({f"{name}{part}": shapes(transformer)[f"{name}{part}"] for part in "qkv"})
+    save_file(diffusers_layout(adapter), tmp_path / "a.safetensors")
+    choice = ((str(tmp_path / "a.safetensors"), 1.0, 0),)
+
+    def weights(asked: str) -> Tensor:
+        if asked == f"{name}v.weight" and short:
+            raise torch.OutOfMemoryError
+        return state[asked]
+
+    adapters, short = Adapters(weights), True
+    with pytest.raises(torch.OutOfMemoryError):
+        adapters.use(transformer, choice)
+    short = False
+    adapters.use(transformer, ())
+    assert equal(weights_of(transformer), before)
 
 
 def test_an_alpha_beside_diffusers_names(small: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,26 @@ def test_another_model_does_not_find_it(cache: Path, tmp_path: Path) -> None:
     (file,) = (other / "transformer").glob("*.safetensors")
     file.touch()
     assert prepared.find(cache, identify(other), torch.float32) is None
+
+
+def test_a_file_with_the_same_size_and_time_is_looked_into(tmp_path: Path) -> None:
+    shutil.copytree(MODEL, other := tmp_path / "model")
+    (file,) = (other / "transformer").glob("*.safetensors")
+    before, state = prepared.fingerprint(identify(other), torch.float32), file.stat()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    file.write_bytes(data)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert prepared.fingerprint(identify(other), torch.float32) != before
+
+
+def test_where_it_cannot_be_written_it_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "flux_local", "prepare", "--devices", "cpu", "--cache-dir", tmp_path / "file"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 4
+    assert "--cache-dir" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_what_is_not_whole_is_not_used(cache: Path, tmp_path: Path) -> None:

@@ -19,11 +19,18 @@ class DiffusersNames:
     def __init__(self, tensors: Callable[[str], Tensor], width: int) -> None:
         self.tensors = tensors
         self.width = width
+        self.last: tuple[str, Tensor] | None = None
+        """The joined matrix read last: its parts are asked for one after another."""
 
     def __call__(self, name: str) -> Tensor:
         layer, kind = name.rsplit(".", 1)
-        stored, _, _ = bfl_name(layer, self.width)
-        return part_of(self.tensors(f"{stored}.{'scale' if '.norm.' in stored else kind}"), layer, self.width)
+        stored, first, rows = bfl_name(layer, self.width)
+        if rows is None or kind != "weight":
+            return part_of(self.tensors(f"{stored}.{'scale' if '.norm.' in stored else kind}"), layer, self.width)
+        if self.last is None or self.last[0] != stored:
+            self.last = None
+            self.last = (stored, self.tensors(f"{stored}.weight"))
+        return self.last[1][first : first + rows].clone()
 
 
 EMBEDDERS = {

@@ -7,6 +7,7 @@ nothing. Reads headers only, never a tensor's numbers, and never a pickle. Knows
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,13 @@ SUFFIXES = (".safetensors", ".gguf")
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin"})
 READ = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "GGUF"})
 """Types of numbers that weights may have."""
-BESIDE = ("vae", "clip", "text_encoders", "unet", "diffusion_models", "checkpoints")
-"""Where ComfyUI's `models` folder keeps the parts that it names apart."""
+BESIDE = ("vae", "clip", "text_encoders")
+"""Where ComfyUI's `models` folder keeps the parts that a transformer needs."""
+ASIDE = re.compile(r"(^|\.)(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|comfy_quant|spiece_model)$")
+"""What stands beside the tensors in ComfyUI's files and is none of them."""
+
+T5_TOKENS = 32128
+"""Of T5's vocabulary."""
 
 MARKS: tuple[tuple[Component, Layout, str], ...] = (
     ("transformer", "bfl", "double_blocks.0.img_mod.lin.weight"),
@@ -75,12 +81,22 @@ class Part:
             name[start:]: shape
             for header in self.headers
             for name, shape in header.shapes.items()
-            if name.startswith(self.prefix)
+            if name.startswith(self.prefix) and not ASIDE.search(name)
         }
 
     @property
     def parameters(self) -> int:
         return sum(volume(shape) for shape in self.shapes().values())
+
+    @property
+    def types(self) -> set[str]:
+        """Of its matrices."""
+        return {
+            kind
+            for header in self.headers
+            for name, kind in header.types.items()
+            if name.startswith(self.prefix) and len(header.shapes[name]) == 2
+        }
 
 
 @dataclass(frozen=True)
@@ -209,18 +225,26 @@ def of_files(path: Path, homes: Sequence[Path]) -> Checkpoint:
     check_transformer(transformer)
     around = path.parent if path.is_file() else path
     places = [around, around.parent, *(around.parent / name for name in BESIDE)]
-    nearby = [file for place in places for file in sorted(weight_files(place)) if file not in given]
-    found += [part for file in dict.fromkeys(nearby) for part in lenient_parts(file)]
+    circles = [[part for part in found if part[1].headers == transformer.headers], found]
+    circles += [[part for file in sorted(weight_files(place)) for part in alone(file)] for place in places]
     parts: dict[Component, Part] = {"transformer": transformer}
     for component in COMPONENTS[1:]:
-        fitting = [part for name, part in found if name == component and fits(component, part, transformer)]
-        if not fitting:
+        for circle in circles:
+            fitting = [part for name, part in circle if name == component and fits(component, part, transformer)]
+            if fitting:
+                parts[component] = max(fitting, key=finest)
+                break
+        else:
             raise WeightsError(
                 f"{path} is a transformer; {NAMED[component]} is missing. Put it into {around} or beside that, "
                 "or give a diffusers folder."
             )
-        parts[component] = max(fitting, key=lambda part: part.headers[0].size)
     return Checkpoint(path, home_of([around, around.parent, *homes]), parts)
+
+
+def finest(part: Part) -> int:
+    """More, the less its numbers are rounded."""
+    return -len(part.types & {"F8_E4M3", "F8_E5M2", "GGUF"})
 
 
 def check_transformer(part: Part) -> None:
@@ -286,12 +310,19 @@ def parts_of(header: Header) -> list[tuple[Component, Part]]:
     return found
 
 
-def lenient_parts(path: Path) -> list[tuple[Component, Part]]:
-    """As `parts_of`, of a file that happens to lie near: nothing, where it cannot be read."""
+def alone(path: Path) -> list[tuple[Component, Part]]:
+    """The component that a file near the transformer holds; nothing, where it holds more, or cannot be read.
+
+    A checkpoint of everything is another model's, whose encoders may be fine-tuned for it.
+    """
     try:
-        return [(component, part) for component, part in parts_of(read_header(path)) if component != "transformer"]
+        header = read_header(path)
+        found = parts_of(header)
     except WeightsError:
         return []
+    known = sum(len(part.shapes()) for _, part in found)
+    whole = sum(not ASIDE.search(name) for name in header.shapes)
+    return found if len(found) == 1 and found[0][0] != "transformer" and 2 * known > whole else []
 
 
 def check_types(header: Header, part: Part) -> None:
@@ -306,6 +337,8 @@ def check_types(header: Header, part: Part) -> None:
 def fits(component: Component, part: Part, transformer: Part) -> bool:
     """Whether what the component gives is as wide as what the transformer takes."""
     mark, layers = WIDTHS[component]
+    if component == "text_encoder_2" and part.shapes().get("shared.weight", (T5_TOKENS,))[0] > T5_TOKENS:
+        return False  # umT5, which other models read with
     gives, takes = part.shapes().get(mark), transformer.shapes().get(layers[transformer.layout])
     if gives is None or takes is None:
         return False

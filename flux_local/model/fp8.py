@@ -42,10 +42,10 @@ class Fp8Linear(Linear):
         values, scale = quantised(linear.weight)
         return cls(values, linear.bias, scale.t().contiguous(), quantise, parts=linear.parts)
 
-    def load(self, weight: Tensor) -> None:
+    def load(self, weight: Tensor, row: int = 0) -> None:
         values, scale = quantised(weight)
-        self.weight.copy_(values)
-        self.scale.copy_(scale.t())
+        self.weight[row : row + len(weight)].copy_(values)
+        self.scale[:, row : row + len(weight)].copy_(scale.t())
 
     def state(self) -> tuple[Tensor, ...]:
         return (self.weight, self.scale)
@@ -72,8 +72,8 @@ class RoundedLinear(Linear):
     def of(cls, linear: Linear) -> RoundedLinear:
         return cls(rounded(linear.weight), linear.bias, parts=linear.parts)
 
-    def load(self, weight: Tensor) -> None:
-        self.weight.copy_(rounded(weight))
+    def load(self, weight: Tensor, row: int = 0) -> None:
+        super().load(rounded(weight), row)
 
     def __call__(self, x: Activation) -> Tensor:
         assert isinstance(x, Tensor)
@@ -106,11 +106,11 @@ class Fp8Storage(torch.nn.Module):
     For text encoders where memory is short: they run once a prompt, so that time matters little.
     """
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    def __init__(self, linear: torch.nn.Linear, device: str) -> None:
         super().__init__()
         self.values: Tensor
         self.scale: Tensor
-        for name, tensor in zip(("values", "scale"), quantised(linear.weight.detach()), strict=True):
+        for name, tensor in zip(("values", "scale"), quantised(linear.weight.detach().to(device)), strict=True):
             self.register_buffer(name, tensor)
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
@@ -125,9 +125,9 @@ class Fp8Storage(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
-def store_in_fp8(module: torch.nn.Module) -> None:
-    """Has every linear layer of a module keep its weight in fp8."""
+def store_in_fp8(module: torch.nn.Module, device: str) -> None:
+    """Has every linear layer of a module keep its weight in fp8 on a device, to which each goes by itself."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear):
-                setattr(parent, name, Fp8Storage(child))
+                setattr(parent, name, Fp8Storage(child, device))

@@ -33,9 +33,9 @@ class Linear:
     bias: Tensor
     parts: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
 
-    def load(self, weight: Tensor) -> None:
-        """Another weight [out, in] in the same memory, so that what was recorded with it stays good."""
-        self.weight.copy_(weight)
+    def load(self, weight: Tensor, row: int = 0) -> None:
+        """Other weights [rows, in] from a row on, in the same memory, so that what was recorded with it stays good."""
+        self.weight[row : row + len(weight)].copy_(weight)
 
     def state(self) -> tuple[Tensor, ...]:
         """What `load` changes."""

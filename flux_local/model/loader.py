@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flux_local.errors import FluxError, NotAvailable, WeightsError
+from flux_local.errors import FluxError, NotAvailable, StartError, WeightsError
 from flux_local.model import memory, prepared
 from flux_local.model.bfl import DiffusersNames
 from flux_local.model.checkpoint import Checkpoint, Component, Part, identify
@@ -30,6 +30,11 @@ from flux_local.model.text import PromptCache, PromptEmbedding, PromptEncoder
 from flux_local.model.transformer import FluxTransformer, Geometry
 from flux_local.model.vae import Autoencoder
 
+NO_ROOM = (
+    "The device's memory did not suffice for loading. Free some, or name a way that takes less with --memory: "
+    + ", ".join(memory.TIERS)
+    + "."
+)
 PROMPT_CACHE_BYTES = 256 << 20
 
 
@@ -249,12 +254,13 @@ def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype, plan
             return cls.from_pretrained(checkpoint.home / name, local_files_only=True)
 
     in_host = plan.tier in ("swap", "offload")
-    place = "cpu" if in_host else device
 
     def encoder(cls: Any, config: Any, component: Component) -> Any:
-        tensors = Tensors(checkpoint.parts[component], place, dtype)
-        state = {name: tensors(name) for name in tensors.names()}
+        packed = plan.tier == "fp8" and component == "text_encoder_2"
+        place = "cpu" if in_host or packed else device
         with translated(path := checkpoint.parts[component].headers[0].path.parent):
+            tensors = Tensors(checkpoint.parts[component], place, dtype)
+            state = {name: tensors(name) for name in tensors.names()}
             module, report = cls.from_pretrained(
                 None, config=config(**checkpoint.config(component)), state_dict=state, dtype=dtype,
                 device_map={"": place}, output_loading_info=True,
@@ -265,8 +271,10 @@ def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype, plan
         module = module.eval().requires_grad_(False)
         if in_host:
             bring_in_groups(module, device)
-        elif plan.tier == "fp8" and component == "text_encoder_2":
-            store_in_fp8(module)
+        elif packed:
+            state.clear()
+            store_in_fp8(module, device)
+            module = module.to(device)
         return module
 
     return PromptEncoder(
@@ -306,6 +314,8 @@ class translated:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, FluxError):
             return
+        if error is not None and memory.is_exhausted(error):
+            raise StartError(NO_ROOM) from error
         if isinstance(error, (OSError, ValueError, RuntimeError, KeyError)) or (
             error is not None and type(error).__name__ == "SafetensorError"
         ):

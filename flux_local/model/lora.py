@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +20,15 @@ from torch import Tensor
 
 from flux_local.errors import InvalidValue
 from flux_local.model import bfl, memory
-from flux_local.model.layers import Linear, Weights
+from flux_local.model.layers import HostLinear, Linear, Weights
 from flux_local.model.transformer import FluxTransformer
 
 KEPT = 8
 """Adapters, and sets of them for each layer, that are kept in memory beyond their use."""
 
-Choice = tuple[tuple[str, float, int], ...]
-"""Paths of adapters, each with its scale and a number that is another when the file has changed."""
+One = tuple[str, float, int]
+"""An adapter's path, its scale, and a number that is another when the file has changed."""
+Choice = tuple[One, ...]
 
 log = logging.getLogger("flux_local.lora")
 
@@ -53,8 +54,11 @@ class Adapters:
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
-        self.bases: dict[tuple[tuple[str, int], ...], Tensor] = {}
-        self.merged: dict[int, Choice] = {}
+        self.beat: Callable[[], None] = lambda: None
+        """Called after each layer: a change of adapters may take long, but not in silence."""
+        self.bases: dict[str, Tensor] = {}
+        self.merged: dict[int, Choice | None] = {}
+        """What a layer has; None while it is changed, and if that went wrong."""
         self.read: OrderedDict[tuple[str, int], Adapter] = OrderedDict()
         self.held: OrderedDict[tuple[int, Choice], tuple[Tensor, ...]] = OrderedDict()
         """What a layer holds with a set of adapters, of those last used."""
@@ -77,49 +81,49 @@ class Adapters:
             acting = [(one, adapter) for one, adapter in chosen if not names.isdisjoint(adapter)]
             wanted = tuple(one for one, _ in acting)
             if self.merged.get(id(linear), ()) != wanted:
-                key = (id(linear), wanted)
-                if key in self.held:
-                    self.held.move_to_end(key)
-                    linear.restore(self.held[key])
-                else:
-                    linear.load(self.sum(linear, [(scale, adapter) for (_, scale, _), adapter in acting]))
-                    self.hold(key, linear)
+                self.merged[id(linear)] = None
+                self.change(linear, wanted, acting)
                 self.merged[id(linear)] = wanted
+                self.beat()
         self.at = (id(transformer), choice)
 
-    def hold(self, key: tuple[int, Choice], linear: Linear) -> None:
-        """Keeps what the layer holds now, in the place of what was used longest ago."""
-        layers = {layer for layer, _ in self.held} | {key[0]}
-        while len(self.held) >= KEPT * len(layers):
+    def change(self, linear: Linear, wanted: Choice, acting: list[tuple[One, Adapter]]) -> None:
+        """Brings a layer to what it holds with these adapters: out of what was kept, or computed part by part."""
+        key = (id(linear), wanted)
+        if key in self.held:
+            self.held.move_to_end(key)
+            linear.restore(self.held[key])
+            return
+        row = 0
+        for name, rows in linear.parts:
+            linear.load(self.sum(name, acting), row)
+            row += rows
+        if isinstance(linear, HostLinear) or not memory.has_room(linear.weight):
+            return
+        self.held[key] = tuple(tensor.clone() for tensor in linear.state())
+        while len(self.held) > KEPT * len(self.merged):
             self.held.popitem(last=False)
-        while self.held and not memory.has_room(linear.weight):
-            self.held.popitem(last=False)
-        if memory.has_room(linear.weight):
-            self.held[key] = tuple(tensor.clone() for tensor in linear.state())
 
-    def sum(self, linear: Linear, acting: list[tuple[float, Adapter]]) -> Tensor:
-        """The layer's base and what the adapters add to it."""
-        base = self.base(linear)
-        if not acting:
+    def sum(self, name: str, acting: list[tuple[One, Adapter]]) -> Tensor:
+        """A part's base and what the adapters add to it."""
+        base = self.base(name)
+        found = [(scale, adapter[name]) for (_, scale, _), adapter in acting if name in adapter]
+        if not found:
             return base
-        total, row = base.float(), 0
+        total = base.float()
         if total is base:
             total = base.clone()
-        for name, rows in linear.parts:
-            for scale, adapter in acting:
-                if name in adapter:
-                    up, down = adapter[name].up.to(base.device), adapter[name].down.to(base.device)
-                    total[row : row + rows].addmm_(up, down, alpha=scale)
-            row += rows
+        for scale, factors in found:
+            total.addmm_(factors.up.to(base.device), factors.down.to(base.device), alpha=scale)
         return total.to(base.dtype)
 
-    def base(self, linear: Linear) -> Tensor:
-        """The layer's weight without adapters; kept where the device has room for it."""
-        if (kept := self.bases.get(linear.parts)) is not None:
+    def base(self, name: str) -> Tensor:
+        """A part's weight without adapters; kept where the device has room for it."""
+        if (kept := self.bases.get(name)) is not None:
             return kept
-        base = torch.cat([self.weights(f"{name}.weight") for name, _ in linear.parts])
+        base = self.weights(f"{name}.weight")
         if memory.has_room(base):
-            self.bases[linear.parts] = base
+            self.bases[name] = base
         return base
 
     def adapter(self, path: str, version: int, transformer: FluxTransformer) -> Adapter:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -33,6 +34,7 @@ MEETS: dict[Precisions, tuple[Tier, ...]] = {
 }
 """The tiers that serve what is asked for, the best first."""
 
+MEMINFO = Path("/proc/meminfo")
 WORD = 2
 """Bytes of a number on a GPU: bf16."""
 BUFFERS = 16
@@ -44,6 +46,8 @@ DECODER_BUFFERS = 3
 """Pictures at full size, with the channels before the last level, that decoding holds at once."""
 SMALLEST_DECODE = 1 << 20
 """Pixels that have to be decoded in one piece; above, tiles will do."""
+TILE_STEP = 1 << 19
+"""Pixels by which that grows with the room there is: few values, so that starts alike decode alike."""
 SPARE = 1_000_000_000
 """Bytes for the libraries' workspaces, the cache of prompts and the allocator's slack."""
 
@@ -161,19 +165,20 @@ def plan(
         if fitting or tier:
             chosen = (fitting or ways[-1:])[0]
             left = max(0, room - chosen.needed)
-            decodable = min(largest, SMALLEST_DECODE) + left // decode_work(sizes, 1)
+            decodable = min(largest, SMALLEST_DECODE) + left // decode_work(sizes, TILE_STEP) * TILE_STEP
             return replace(chosen, tile_above=None if decodable >= largest else decodable)
     least = min(way.needed for candidate in tiers for way in layouts(sizes, candidate)) + work
-    other = " --precisions both needs less." if precisions != "both" else ""
+    other = " --precisions both needs less." if precisions == "fp8" else ""
     raise StartError(
         f"{room / 1e9:.1f} GB are free on the device; this model needs {least / 1e9:.1f} GB at least.{other} Free "
-        "some, take another device with --devices, or lower --max-pixels."
+        "some, or take another device with --devices."
     )
 
 
 def layouts(sizes: Sizes, tier: Tier) -> list[Plan]:
     """The ways to lay a tier out, the fastest first, with the bytes of the weights alone."""
-    rest = WORD * (sizes.clip + sizes.vae)
+    vae = WORD * sizes.vae
+    rest = vae + WORD * sizes.clip
     t5, t5_fp8 = WORD * sizes.t5, WORD * sizes.t5 - (WORD - 1) * sizes.t5_matrices
     modulation = WORD * sizes.modulation
     full = WORD * sizes.transformer
@@ -190,10 +195,10 @@ def layouts(sizes: Sizes, tier: Tier) -> list[Plan]:
             ]
         case "swap":
             text = t5 + WORD * sizes.clip
-            return [Plan(tier, fp8 + rest, host=text + modulation, modulation_on_host=True)]
+            return [Plan(tier, fp8 + vae, host=text + modulation, modulation_on_host=True)]
         case "offload":
             # The block at work, the one on its way, and the one that leaves.
-            return [Plan(tier, 3 * WORD * sizes.largest_block + rest, host=full + t5 + WORD * sizes.clip)]
+            return [Plan(tier, 3 * WORD * sizes.largest_block + vae, host=full + t5 + WORD * sizes.clip)]
 
 
 def step_work(sizes: Sizes, largest: int) -> int:
@@ -222,11 +227,21 @@ def is_fatal(error: BaseException) -> bool:
 
 
 def has_room(tensor: torch.Tensor) -> bool:
-    """Whether a copy of a tensor may stay on its device with as much again to spare for work; always on the host."""
+    """Whether a copy of a tensor may stay where it is with a fifth of the memory to spare for work."""
     if tensor.device.type != "cuda":
-        return True
+        total, available = (host_memory(name) for name in ("MemTotal", "MemAvailable"))
+        return available - tensor.nbytes > total // 5
     free_bytes, total = torch.cuda.mem_get_info(tensor.device)
-    return free_bytes - tensor.nbytes > total // 5
+    unused = torch.cuda.memory_reserved(tensor.device) - torch.cuda.memory_allocated(tensor.device)
+    return free_bytes + unused - tensor.nbytes > total // 5
+
+
+def host_memory(name: str) -> int:
+    """Bytes, by the kernel's name for them in /proc/meminfo."""
+    for line in MEMINFO.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise KeyError(name)
 
 
 def free() -> None:

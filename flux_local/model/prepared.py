@@ -1,6 +1,7 @@
 """A transformer in its final form on disk: layers joined, blocks in fp8 with their scales, the rest as it is.
 
-`write` makes it once from a checkpoint, in files of a few blocks each, so that no more than one of them is in memory;
+`write` makes it once from a checkpoint, in files of about a gigabyte (modulation is one of six), so that no more than
+one of them is in memory;
 `PreparedLayers` reads it straight to the device. A folder is named by what its source was, so that another model, or
 the same one changed, never finds it.
 """
@@ -31,19 +32,26 @@ LAYOUT = 1
 SHARD = 1 << 30
 """Bytes after which a file is written."""
 INDEX = "index.json"
-"""Written last: without it a folder is a rest of a run that was stopped."""
+SAMPLES, SAMPLE = 16, 4096
+"""Of each file of the source: how many places are looked at, and how many bytes there."""
+SPARE = 1 << 30
+"""Bytes to leave free on the disk."""
 
 Report = Callable[[int], None]
 """Told of so many bytes of the source more that are done."""
 
 
 def fingerprint(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
-    """A hash of what the transformer's files are, by their headers, sizes and times, and of the precision wanted."""
+    """A hash of what the transformer's files are, by headers, sizes, times and samples, and of the precision wanted."""
     told = hashlib.sha256(f"{LAYOUT} {dtype} {json.dumps(checkpoint.config('transformer'), sort_keys=True)}".encode())
     for header in checkpoint.parts["transformer"].headers:
         state = header.path.stat()
         entries = sorted((name, header.types[name], shape) for name, shape in header.shapes.items())
         told.update(f"{header.path.name} {state.st_size} {state.st_mtime_ns} {entries}".encode())
+        with header.path.open("rb") as file:
+            for i in range(1, SAMPLES + 1):
+                file.seek(state.st_size * i // (SAMPLES + 1))
+                told.update(file.read(SAMPLE))
     return told.hexdigest()[:24]
 
 
@@ -82,18 +90,38 @@ def write(
     Args:
         weights: its transformer's tensors in `dtype`, on the device that is to compute.
 
+    What stood there before is there until the new one is whole.
+
     Raises:
-        OSError: the folder cannot be written.
+        WeightsError: the folder cannot be written, or its disk has no room.
     """
+    from safetensors import SafetensorError
+
     folder = cache / fingerprint(checkpoint, dtype)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    recorder = Recorder(weights, folder, report)
-    FluxTransformer(Geometry.of(checkpoint.config("transformer")), recorder)
-    recorder.flush()
-    index = {"layout": LAYOUT, "source": str(checkpoint.path), "files": recorder.files, "parts": recorder.parts}
-    (folder / "partial").write_text(json.dumps(index, indent=1) + "\n")
-    (folder / "partial").rename(folder / INDEX)
+    partial = folder.with_suffix(".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        needed, free = (
+            checkpoint.parts["transformer"].parameters * dtype.itemsize + SPARE,
+            shutil.disk_usage(cache).free,
+        )
+        if needed > free:
+            raise WeightsError(
+                f"The disk of {cache} has {free / 1e9:.1f} GB free; up to {needed / 1e9:.1f} GB are needed. "
+                "Free some, or give another place with --cache-dir."
+            )
+        recorder = Recorder(weights, partial, report)
+        FluxTransformer(Geometry.of(checkpoint.config("transformer")), recorder)
+        recorder.flush()
+        index = {"layout": LAYOUT, "source": str(checkpoint.path), "files": recorder.files, "parts": recorder.parts}
+        (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"Cannot write {folder}: {error}. Give another place with --cache-dir.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

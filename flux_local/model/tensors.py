@@ -6,7 +6,6 @@ device, so that the host never holds a copy. Never a pickle, never the network.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,13 +14,11 @@ import torch
 from torch import Tensor
 
 from flux_local.errors import WeightsError
-from flux_local.model.checkpoint import Part
+from flux_local.model.checkpoint import ASIDE, Part
 from flux_local.model.headers import gguf_reader
 
 SCALES = ("scale_weight", "weight_scale")
 """ComfyUI's names, older and newer, for what an fp8 weight is to be multiplied by."""
-ASIDE = re.compile(r"(^|\.)(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|comfy_quant)$")
-"""What stands beside the tensors and is none of them."""
 
 
 class Tensors:
@@ -41,8 +38,6 @@ class Tensors:
                 opened = safe_open(header.path, framework="pt", device=device)
                 for name in opened.keys():  # noqa: SIM118, it is no mapping
                     self.stored[name] = partial(opened.get_tensor, name)
-        self.last: tuple[str, Tensor] | None = None
-        """The tensor read last: rows of one that is stored joined are asked for one after another."""
 
     def __contains__(self, name: str) -> bool:
         return self.part.prefix + name in self.stored
@@ -54,8 +49,6 @@ class Tensors:
 
     def __call__(self, name: str) -> Tensor:
         """Raises `WeightsError` for one that is not there."""
-        if self.last is not None and self.last[0] == name:
-            return self.last[1]
         full = self.part.prefix + name
         if full not in self.stored:
             raise WeightsError(
@@ -63,16 +56,20 @@ class Tensors:
             )
         found = self.stored[full]()
         if found.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            found = found.float() * self.scale(full)
-        self.last = (name, found.to(self.dtype))
-        return self.last[1]
+            found = found.float() * self.scale(full, len(found))
+        return found.to(self.dtype)
 
-    def scale(self, full: str) -> Tensor | float:
-        """What an fp8 tensor is to be multiplied by: a number, or one an output."""
+    def scale(self, full: str, rows: int) -> Tensor | float:
+        """What an fp8 tensor is to be multiplied by: a number, or one a row."""
         stem = full.removesuffix("weight")
         for name in (stem + scale for scale in SCALES):
             if name in self.stored:
                 scale = self.stored[name]().float()
+                if scale.numel() not in (1, rows):
+                    raise WeightsError(
+                        f"{full} has scales by blocks (mxfp8 or the like), which are not read here. "
+                        "Get the model in bf16, fp16, fp8 (e4m3) or as GGUF."
+                    )
                 return scale if scale.numel() == 1 else scale.view(-1, 1)
         return 1.0
 

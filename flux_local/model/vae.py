@@ -24,7 +24,7 @@ class Autoencoder:
     """Packed latents to 8-bit RGB and back.
 
     Args:
-        tile_above: pixels of a canvas from which on it is decoded in tiles, which overlap and are blended.
+        tile_above: pixels of a canvas from which on it is encoded and decoded in tiles, which overlap and are blended.
     """
 
     def __init__(self, vae: Any, ops: Ops | None = None, tile_above: int | None = None) -> None:
@@ -38,7 +38,10 @@ class Autoencoder:
         """RGB rows → the mean of the posterior, scaled and packed: [1, tokens, 64]."""
         rows = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, height, width, 3)
         picture = rows.permute(0, 3, 1, 2).to(self.vae.device, self.vae.dtype) / 127.5 - 1
-        mean = self.vae.encode(picture).latent_dist.mean
+        if self.tile_above is not None and width * height > self.tile_above:
+            mean = self.vae.tiled_encode(picture).latent_dist.mean
+        else:
+            mean = self.vae.encode(picture).latent_dist.mean
         return pack((mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
 
     def repaint(self, mask: bytes, width: int, height: int) -> Tensor:
