@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_local.errors import InvalidValue
-from flux_local.model.checkpoint import of_folder
+from flux_local.model.checkpoint import Part, of_folder
 from flux_local.model.fp8 import in_fp8
+from flux_local.model.headers import read_header
 from flux_local.model.layers import Layers
 from flux_local.model.loader import load
 from flux_local.model.lora import KEPT, Adapters, Factors, read, shapes
@@ -223,6 +224,22 @@ def test_going_back_to_a_set_of_adapters_is_a_copy(small: Any, tmp_path: Path, m
     assert len(adapters.held) == KEPT
     adapters.use(fast, names[0])
     assert computed == 3 * (2 + len(names)), "the one used longest ago has made room"
+
+
+def test_weights_that_are_views_of_their_file_stay_apart(tmp_path: Path) -> None:
+    """A file in the model's own precision, read without a copy: an adapter in and out, twice, by two readers."""
+    module = random_module(SMALL)
+    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, tmp_path / "m.safetensors")
+    tensors = Tensors(Part((read_header(tmp_path / "m.safetensors"),)), "cpu", torch.float32)
+    transformer = FluxTransformer(Geometry.of(module.config), Layers(tensors))
+    before = weights_of(transformer)
+    save_file(diffusers_layout(factors(shapes(transformer))), tmp_path / "a.safetensors")
+    for _ in range(2):
+        adapters = Adapters(tensors)
+        adapters.use(transformer, ((str(tmp_path / "a.safetensors"), 1.0, 0),))
+        assert not equal(weights_of(transformer), before)
+        adapters.use(transformer, ())
+        assert equal(weights_of(transformer), before)
 
 
 def test_a_change_that_went_wrong_is_made_anew(small: Any, tmp_path: Path) -> None:

@@ -135,7 +135,8 @@ def joined(weights: Weights, *names: str) -> Linear:
     parts = tuple((name, len(bias)) for name, bias in zip(names, biases, strict=True))
     weight = weights(f"{names[0]}.weight")
     if len(names) == 1:
-        return Linear(weight, biases[0], parts=parts)
+        # On a CPU it may be a view of its file, which others see too; this one may be written to.
+        return Linear(weight.clone() if weight.device.type == "cpu" else weight, biases[0], parts=parts)
     whole, at = weight.new_empty(sum(rows for _, rows in parts), weight.shape[1]), 0
     for name, rows in parts:
         whole[at : at + rows] = weights(f"{name}.weight")
