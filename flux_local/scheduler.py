@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from heapq import nsmallest
+from operator import attrgetter
 
 AGEING = 0.5
 """Of the seconds a job has waited, the share taken off its remaining cost. A job of R seconds that has waited R /
 AGEING yields to no job that comes later, so it waits at most that long and for what was there before."""
 
 Canvas = tuple[int, int]
+RANK = attrgetter("rank")
 RowsLimit = Callable[[Canvas], int]
 
 
@@ -44,11 +46,12 @@ class Entry:
     def __post_init__(self) -> None:
         self.kind: Hashable = (self.canvas, self.family, self.id if self.alone else None)
         """What jobs must have in common to share a step."""
+        self.rank = (0.0, 0)
+        """Less is sooner: remaining seconds, less what waiting has earned; then first come. Waiting earns alike for
+        all, so that the time of arrival stands for it."""
 
-    def priority(self) -> float:
-        """Less is sooner: remaining seconds, less what waiting has earned. That grows alike for all, so that the
-        time of arrival stands for it."""
-        return self.steps_left * self.step_cost + AGEING * self.arrived
+    def update_rank(self) -> None:
+        self.rank = (self.steps_left * self.step_cost + AGEING * self.arrived, self.order)
 
 
 class Scheduler:
@@ -77,6 +80,7 @@ class Scheduler:
             self.served[entry.owner] = max(level, self.served.get(entry.owner, 0.0) if active else 0.0)
         self.served = {o: s for o, s in self.served.items() if o in active or o == entry.owner}
         entry.order = self._order
+        entry.update_rank()
         self._order += 1
         self.entries[entry.id] = entry
 
@@ -88,13 +92,15 @@ class Scheduler:
         """The most urgent job and those that go with it; empty only if there is nothing to do."""
         if not self.entries:
             return []
-
-        def urgency(entry: Entry) -> tuple[float, float, int]:
-            return (self.served[entry.owner], entry.priority(), entry.order)
-
-        first = min(self.entries.values(), key=urgency)
-        alike = [entry for entry in self.entries.values() if entry.kind == first.kind]
-        return [entry.id for entry in self.fitting(nsmallest(self.rows_limit(first.canvas), alike, key=urgency))]
+        entries, served = self.entries.values(), self.served
+        least = min(served[owner] for owner in {entry.owner for entry in entries})
+        first = min((entry for entry in entries if served[entry.owner] == least), key=RANK)
+        limit = self.rows_limit(first.canvas)
+        if limit == 1:
+            return [first.id]
+        alike = [entry for entry in entries if entry.kind == first.kind]
+        soonest = nsmallest(limit, alike, key=lambda entry: (served[entry.owner], entry.rank))
+        return [entry.id for entry in self.fitting(soonest)]
 
     def fitting(self, alike: list[Entry]) -> list[Entry]:
         """As many of them, in order, as make up the largest number of rows allowed; the first in any case."""
@@ -109,5 +115,6 @@ class Scheduler:
         """Counts a step that took its share of so many seconds of the device; returns the steps left."""
         entry = self.entries[id]
         entry.steps_left -= 1
+        entry.update_rank()
         self.served[entry.owner] += seconds
         return entry.steps_left

@@ -65,15 +65,18 @@ class Adapters:
         self.at: tuple[int, Choice] | None = None
         """The transformer last brought anywhere, and where to."""
 
-    @torch.inference_mode()
     def use(self, transformer: FluxTransformer, choice: Choice) -> None:
         """Leaves the transformer with these adapters and no others; without effect where it has them.
 
         Raises:
             InvalidValue: a file that is no adapter for this model. The transformer is then as it was.
         """
-        if self.at == (id(transformer), choice):
-            return
+        if self.at != (id(transformer), choice):
+            self.bring(transformer, choice)
+
+    @torch.inference_mode()
+    def bring(self, transformer: FluxTransformer, choice: Choice) -> None:
+        """`use`, where there is something to do."""
         chosen = [(one, self.adapter(one[0], one[2], transformer)) for one in choice if one[1]]
         self.at = None
         for linear in transformer.linears():
