@@ -7,6 +7,7 @@ socket and one shared page, and gone as soon as the other end closes. Knows noth
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator
@@ -55,7 +56,7 @@ Decoding = tuple[str, int | None]
 log = logging.getLogger("flux_local.engine")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Work:
     """A job on its way. Times are seconds of the monotonic clock."""
 
@@ -91,6 +92,8 @@ class Engine:
         self.scheduler = Scheduler(self.rows_limit)
         self.limits: dict[tuple[int, int], int] = {}
         self.work: dict[str, Work] = {}
+        self.next_deadline = math.inf
+        """Before it no job expires."""
         self.decoding: OrderedDict[Decoding, Generator[None, None, bytes]] = OrderedDict()
         self.prompts = pipeline.prompt_cache()
         self.seconds_per_token = seconds_per_token
@@ -119,6 +122,7 @@ class Engine:
         steps = job.steps - job.skip
         ends = advances(job.computed or (True,) * steps)
         self.work[job.id] = Work(job, now, steps, partial_steps(ends, job.partials))
+        self.next_deadline = min(self.next_deadline, math.inf if job.deadline is None else job.deadline)
         self.schedule(job, now)
 
     def schedule(self, job: Job, arrived: float) -> None:
@@ -146,8 +150,12 @@ class Engine:
             self.take_verdicts(0.0 if batch or self.decoding else PATIENCE)
 
     def expire(self, now: float) -> None:
+        if now <= self.next_deadline:
+            return
         for work in [w for w in self.work.values() if w.job.deadline is not None and now > w.job.deadline]:
             self.fail(work, DeadlineExceeded("The time for this request has passed."))
+        deadlines = [work.job.deadline for work in self.work.values()]
+        self.next_deadline = min((d for d in deadlines if d is not None), default=math.inf)
 
     def rows_limit(self, canvas: tuple[int, int]) -> int:
         """Rows that a batch of the canvas may have: few where a picture alone fills the device, fewer where a batch

@@ -23,7 +23,7 @@ RANK = attrgetter("rank")
 RowsLimit = Callable[[Canvas], int]
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """A job as the scheduler sees it.
 
@@ -41,14 +41,15 @@ class Entry:
     rows: int = 1
     alone: bool = False
     family: Hashable = None
-    order: int = field(default=0)
+    order: int = field(init=False, default=0)
+    kind: Hashable = field(init=False)
+    """What jobs must have in common to share a step."""
+    rank: tuple[float, int] = field(init=False, default=(0.0, 0))
+    """Less is sooner: remaining seconds, less what waiting has earned; then first come. Waiting earns alike for all, so
+    that the time of arrival stands for it."""
 
     def __post_init__(self) -> None:
-        self.kind: Hashable = (self.canvas, self.family, self.id if self.alone else None)
-        """What jobs must have in common to share a step."""
-        self.rank = (0.0, 0)
-        """Less is sooner: remaining seconds, less what waiting has earned; then first come. Waiting earns alike for
-        all, so that the time of arrival stands for it."""
+        self.kind = (self.canvas, self.family, self.id if self.alone else None)
 
     def update_rank(self) -> None:
         self.rank = (self.steps_left * self.step_cost + AGEING * self.arrived, self.order)
