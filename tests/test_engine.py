@@ -83,7 +83,8 @@ def test_a_short_request_overtakes_a_long_one(server: Server) -> None:
 
 
 def test_scheduling_and_messages_cost_under_a_third_of_a_millisecond_a_step(pipeline: Any) -> None:
-    """The engine's own turns, less the time inside the model, with sixty jobs in the queue."""
+    """The engine's own turns, less the time inside the model, with sixty jobs in the queue: the best of up to twenty
+    tries, on a machine where a plain loop of 20,000 rounds takes 0.8 ms; a slower one gets as much more."""
     ours, theirs = socket.socketpair()
     engine = Engine(pipeline, EngineChannel(theirs), Pulse(), 1e-4)
     for i in range(60):
@@ -101,9 +102,14 @@ def test_scheduling_and_messages_cost_under_a_third_of_a_millisecond_a_step(pipe
         inside += time.thread_time() - began
 
     pipeline.denoiser.advance = timed
-    outside = []
+    outside: list[float] = []
+    loop = math.inf
     try:
-        for _ in range(6):
+        while len(outside) < 20 and (not outside or min(outside) > 0.3e-3 * max(1.0, loop / 0.8e-3)):
+            began = time.thread_time()
+            for i in range(20_000):
+                inside += i & 7
+            loop = min(loop, time.thread_time() - began)
             began, inside = time.thread_time(), 0.0
             for _ in range(20):
                 engine.turn()
@@ -112,7 +118,7 @@ def test_scheduling_and_messages_cost_under_a_third_of_a_millisecond_a_step(pipe
         del pipeline.denoiser.advance
     ours.close()
     theirs.close()
-    assert min(outside) < 0.3e-3, [f"{1e3 * seconds:.2f} ms a step" for seconds in outside]
+    assert min(outside) <= 0.3e-3 * max(1.0, loop / 0.8e-3), [f"{1e3 * seconds:.2f} ms a step" for seconds in outside]
 
 
 def running_now(server: Server) -> bool:
