@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="what to draw")
     generate.add_argument("-o", "--output", default="out.png", metavar="FILE", help="file to write (default out.png)")
     settings = {setting.name: setting for setting in config.describe()}
-    for name in ("model", "devices", "precisions", "memory", "reference", "loras_dir", "cache_dir"):
+    for name in PIPELINE_SETTINGS:
         add_setting(generate, settings[name])
     add_config_file(generate)
     for parameter in params.PARAMETERS:
@@ -72,6 +72,22 @@ def parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=run_prepare)
     add_settings(prepare)
 
+    bench = commands.add_parser("bench", help="measure a server's latency and pictures a second")
+    bench.set_defaults(run=run_bench)
+    bench.add_argument("--url", help="a server that runs; its key from api_keys (default: start one and measure that)")
+    bench.add_argument("--requests", type=at_least_one, default=32, help="measured, for each row (default 32)")
+    bench.add_argument("--concurrency", type=at_least_one, nargs="+", default=[1, 4, 16], metavar="CLIENTS",
+                       help="a row for each: so many clients at once (default 1 4 16)")  # fmt: skip
+    bench.add_argument("--prompt", default="a large red star on a blue background", metavar="STRING",
+                       help="what to draw; each request has a number after it")  # fmt: skip
+    bench.add_argument("--json", action="store_true", help="as one JSON document")
+    for name in PIPELINE_SETTINGS:
+        add_setting(bench, settings[name])
+    add_config_file(bench)
+    for parameter in params.PARAMETERS:
+        if parameter.name not in ONLY_SERVED and parameter.kind != "file":
+            add_parameter(bench, parameter)
+
     doctor = commands.add_parser("doctor", help="check everything that a start depends on")
     doctor.set_defaults(run=run_doctor)
     doctor.add_argument("--verify", action="store_true", help="read all weights and compare their hashes")
@@ -83,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+PIPELINE_SETTINGS = ("model", "devices", "precisions", "memory", "reference", "loras_dir", "cache_dir")
 ONLY_SERVED = frozenset(
     {"prompt", "model", "response_format", "output_format", "sync_mode", "stream", "partial_images", "user", "style",
      "quality", "background", "moderation", "input_fidelity"}
@@ -119,6 +136,13 @@ def settings_from(options: argparse.Namespace) -> config.Settings:
     names = {setting.name for setting in config.describe()}
     flags = {name: value for name, value in vars(options).items() if name in names and value is not None}
     return config.load(flags, file=options.config)
+
+
+def at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def run_version(_: argparse.Namespace) -> int:
@@ -208,6 +232,33 @@ def run_prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_bench(options: argparse.Namespace) -> int:
+    """Has a server that runs, or one of its own, draw at each concurrency; prints a table or JSON."""
+    from rich.console import Console
+
+    from flux_local import bench
+    from flux_local.forms import from_form
+
+    settings = settings_from(options)
+    body = {"prompt": options.prompt} | from_form(parameters_of(options))
+    flags = [f"{s.flag}={getattr(settings, s.name)}" for s in config.describe() if s.name in PIPELINE_SETTINGS]
+    key = min(settings.keys(), default=None)
+    result = bench.run(body, options.concurrency, options.requests, flags, options.url, key)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        server = result["server"]
+        print(f"{server['model']} on {server['device']} ({', '.join(server['precisions'])}), {json.dumps(body)}")
+        Console().print(bench.table(result["rows"]))
+    return 0
+
+
+def parameters_of(options: argparse.Namespace) -> dict[str, str]:
+    """The parameters of a request among the flags, as text."""
+    names = {parameter.name for parameter in params.PARAMETERS} - ONLY_SERVED
+    return {name: text for name, text in vars(options).items() if name in names and text is not None}
+
+
 def run_serve(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     import asyncio
@@ -295,8 +346,7 @@ def plan_of(options: argparse.Namespace, output: Path, model: params.ModelInfo, 
     from flux_local.plan import Plan
     from flux_local.sizes import Size
 
-    names = {parameter.name for parameter in params.PARAMETERS} - ONLY_SERVED
-    given = {name: text for name, text in vars(options).items() if name in names and text is not None}
+    given = parameters_of(options)
     source = source_of(given.pop("image", None), given.pop("mask", None))
     raw = from_form(given)
     raw |= {"prompt": options.prompt, "output_format": output.suffix.lstrip(".").lower() or "png"}

@@ -1,27 +1,23 @@
 #!/usr/bin/env python3
-"""Measures a flux-local server: latency and pictures a second, and what the server adds to the bare pipeline.
+"""What `flux-local bench` measures, with what it is measured against beside it: for those who work on the server.
 
-    scripts/bench.py                              start a server with the embedded model and measure it
-    scripts/bench.py --url http://host:8000       measure a server that runs
+    scripts/bench.py                              a server of its own, and the bare pipeline
     scripts/bench.py --baseline                   against a plain loop over diffusers behind HTTP
 
-Where this script starts the server itself, the bare pipeline (prompt to PNG in one process, no HTTP, no queue) is the
-floor: it and a lone client's requests take turns, picture by picture, and what the server adds is the median of the
-differences, so that a machine whose speed drifts drifts for both. The last line is one JSON document. Times are
-wall-clock seconds.
+The bare pipeline (prompt to PNG in one process, no HTTP, no queue) is the floor: it and a lone client's requests take
+turns, picture by picture, and what the server adds is the median of the differences, so that a machine whose speed
+drifts drifts for both. The last line is one JSON document. Times are wall-clock seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import concurrent.futures
 import contextlib
 import json
 import os
 import platform
 import random
-import re
 import socket
 import statistics
 import subprocess
@@ -29,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +39,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TRACE_SIDES = (128, 160, 192)
+from flux_local import bench  # noqa: E402
+from flux_local.bench import percentile, timed  # noqa: E402
+
 PROMPT = "a large red star on a blue background"
+TRACE_SIDES = (128, 160, 192)
 PAUSE = 0.05
 """Seconds before each of two that take turns: OpenMP's threads spin for some milliseconds after their last work, on the
 cores of whoever comes next."""
@@ -52,10 +51,8 @@ cores of whoever comes next."""
 
 def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--url", help="a server that runs; otherwise one is started")
-    p.add_argument("--key", default=os.environ.get("FLUX_LOCAL_BENCH_KEY"), help="its API key [FLUX_LOCAL_BENCH_KEY]")
-    p.add_argument("--model", default="flux-krea-mini", help="model for a server of our own")
-    p.add_argument("--device", default="auto", help="its device")
+    p.add_argument("--model", default="flux-krea-mini")
+    p.add_argument("--device", default="auto")
     p.add_argument("--size", default="512x512")
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--requests", type=int, default=32, help="measured requests for each concurrency (default 32)")
@@ -122,50 +119,13 @@ def prompt_of(seed: int) -> str:
     return f"{PROMPT} {seed}"
 
 
-def timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+def body_of(o: argparse.Namespace) -> dict[str, Any]:
+    return {"prompt": PROMPT, "size": o.size, "steps": o.steps}
 
 
-@contextlib.contextmanager
-def own_server(o: argparse.Namespace) -> Iterator[tuple[str, float]]:
-    """Address and seconds to ready of a server on a free port, ended afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        environment = {n: v for n, v in os.environ.items() if not n.startswith("FLUX_LOCAL_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flux_local", "serve", "--port", "0", "--data-dir", folder, "--model", o.model,
-             "--devices", o.device],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=environment,
-        )  # fmt: skip
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if found := re.search(r"address\s+(\S+)/v1", line):
-                    yield found[1], time.perf_counter() - began
-                    return
-            raise SystemExit("the server did not start; `flux-local serve` shows why")
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def requester(o: argparse.Namespace, client: httpx.Client) -> Callable[[int], None]:
-    """One picture from the server."""
-    body: dict[str, Any] = {"size": o.size, "steps": o.steps, "response_format": "b64_json"}
-
-    def request(seed: int) -> None:
-        answer = client.post("/v1/images/generations", json={**body, "prompt": prompt_of(seed), "seed": abs(seed)})
-        answer.raise_for_status()
-
-    return request
-
-
-def client_of(o: argparse.Namespace, url: str, connections: int) -> httpx.Client:
-    headers = {"authorization": f"Bearer {o.key}"} if o.key else {}
-    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    return httpx.Client(base_url=url, headers=headers, timeout=600, limits=limits)
+def own_server(o: argparse.Namespace) -> contextlib.AbstractContextManager[tuple[str, float]]:
+    """Address and seconds to ready of a server with nothing set but its model and its device."""
+    return bench.own_server(["--model", o.model, "--devices", o.device])
 
 
 def added(o: argparse.Namespace, draw: Callable[[int], None], url: str) -> dict[str, float]:
@@ -175,8 +135,8 @@ def added(o: argparse.Namespace, draw: Callable[[int], None], url: str) -> dict[
         time.sleep(PAUSE)
         return timed(call)
 
-    with client_of(o, url, 1) as client:
-        request = requester(o, client)
+    with bench.client_of(url, None, 1) as client:
+        request = bench.requester(client, body_of(o))
         for seed in range(-3, 0):
             draw(seed)
             request(seed)
@@ -185,25 +145,6 @@ def added(o: argparse.Namespace, draw: Callable[[int], None], url: str) -> dict[
         "bare_pipeline_s": statistics.median(b for b, _ in pairs),
         "server_s": statistics.median(s for _, s in pairs),
         "added_s": statistics.median(s - b for b, s in pairs),
-    }
-
-
-def measure(o: argparse.Namespace, url: str, concurrency: int) -> dict[str, float]:
-    """Latency and throughput of `requests` pictures with so many clients at once."""
-    with client_of(o, url, concurrency) as client, concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
-        request = requester(o, client)
-
-        def one(seed: int) -> float:
-            return timed(partial(request, seed))
-
-        list(pool.map(one, range(-concurrency, 0)))  # warm-up: connections, caches, first shapes
-        began = time.perf_counter()
-        seconds = sorted(pool.map(one, range(max(o.requests, concurrency))))
-        total = time.perf_counter() - began
-    return {
-        "p50_s": statistics.median(seconds),
-        "p95_s": seconds[min(len(seconds) - 1, round(0.95 * len(seconds)))],
-        "pictures_per_s": len(seconds) / total,
     }
 
 
@@ -271,11 +212,6 @@ def replay(url: str, arrivals: list[Arrival]) -> list[float]:
     return asyncio.run(run())
 
 
-def percentile(values: list[float], share: float) -> float:
-    values = sorted(values)
-    return values[min(len(values) - 1, round(share * len(values)))]
-
-
 @contextlib.contextmanager
 def any_canvas(name: str) -> Iterator[str]:
     """The model's folder again, by links, but said to draw at all canvases of the trace: speed asks for no skill."""
@@ -307,14 +243,17 @@ def compare(o: argparse.Namespace, console: Console) -> dict[str, Any]:
     with any_canvas(o.model) as model, baseline_server(o) as plain, own_server(with_model(o, model)) as (ours, _):
         for url in (plain, ours):
             replay(url, [Arrival(0.0, f"{side}x{side}", 2, 0) for side in TRACE_SIDES])  # warm-up
-        rows = {name: measure(full, url, 16) for name, url in (("plain", plain), ("flux-local", ours))}
+        rows = {
+            name: bench.measure(url, None, body_of(full), 16, full.requests)
+            for name, url in (("plain", plain), ("flux-local", ours))
+        }
         service = statistics.mean(replay(plain, [a])[0] for a in lone)
         arrivals = trace(o.trace, 0.8 / service)
         seconds = {name: replay(url, arrivals) for name, url in (("plain", plain), ("flux-local", ours))}
     costs = [a.steps * int(a.size.split("x")[0]) ** 2 for a in arrivals]
     longest = [i for i, cost in enumerate(costs) if cost >= percentile([float(c) for c in costs], 0.8)]
     table = Table("128x128, 16 steps, 16 clients; then a trace at 80% of the plain server's capacity", *seconds)
-    found["pictures_per_s"] = {name: row["pictures_per_s"] for name, row in rows.items()}
+    found["pictures_per_s"] = {name: row.pictures_per_s for name, row in rows.items()}
     found["trace_mean_s"] = {name: statistics.mean(s) for name, s in seconds.items()}
     found["trace_p90_longest_s"] = {name: percentile([s[i] for i in longest], 0.9) for name, s in seconds.items()}
     for name, row in found.items():
@@ -331,30 +270,20 @@ def main() -> None:
         print(json.dumps({"cpu": cpu(), **compare(o, console)}))
         return
     console.print(f"{o.size}, {o.steps} steps, {o.requests} requests for each row, {result['cpu']}")
-    with contextlib.ExitStack() as stack:
-        if o.url:
-            url = o.url.rstrip("/").removesuffix("/v1")
-        else:
-            draw = bare(o)
-            result["step_s"] = step_seconds(o)
-            steps = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in result["step_s"].items())
-            console.print(f"a step of one picture, in turns: {steps}")
-            url, result["start_to_ready_s"] = stack.enter_context(own_server(o))
-            result |= added(o, draw, url)
-            console.print(f"bare pipeline, prompt to PNG in one process: {1e3 * result['bare_pipeline_s']:.1f} ms")
-            console.print(
-                f"the same from the server, in turns: {1e3 * result['server_s']:.1f} ms, "
-                f"{1e3 * result['added_s']:+.1f} ms"
-            )
-            console.print(f"start to ready: {result['start_to_ready_s']:.1f} s")
-        table = Table("clients", "p50", "p95", "pictures/s")
-        for concurrency in o.concurrency:
-            row = measure(o, url, concurrency)
-            result[f"concurrency_{concurrency}"] = row
-            shown = (f"{1e3 * row['p50_s']:.0f} ms", f"{1e3 * row['p95_s']:.0f} ms", f"{row['pictures_per_s']:.2f}")
-            table.add_row(str(concurrency), *shown)
-        console.print(table)
-    print(json.dumps(result))
+    draw = bare(o)
+    result["step_s"] = step_seconds(o)
+    steps = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in result["step_s"].items())
+    console.print(f"a step of one picture, in turns: {steps}")
+    with own_server(o) as (url, result["start_to_ready_s"]):
+        result |= added(o, draw, url)
+        console.print(f"bare pipeline, prompt to PNG in one process: {1e3 * result['bare_pipeline_s']:.1f} ms")
+        console.print(
+            f"the same from the server, in turns: {1e3 * result['server_s']:.1f} ms, {1e3 * result['added_s']:+.1f} ms"
+        )
+        console.print(f"start to ready: {result['start_to_ready_s']:.1f} s")
+        rows = [asdict(bench.measure(url, None, body_of(o), clients, o.requests)) for clients in o.concurrency]
+    console.print(bench.table(rows))
+    print(json.dumps(result | {f"concurrency_{row['clients']}": row for row in rows}))
 
 
 def cpu() -> str:

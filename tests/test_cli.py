@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -101,3 +103,55 @@ def test_mistakes_have_a_sentence_and_a_code(arguments: tuple[str, ...], code: i
     assert done.returncode == code
     assert done.stderr.strip()
     assert "Traceback" not in done.stderr
+
+
+def test_bench_measures_a_server_that_runs(server: object) -> None:
+    from tests.servers import Server
+
+    assert isinstance(server, Server)
+
+    def known() -> set[str]:
+        return {entry["id"] for entry in httpx.get(f"{server.url}/v1/images/requests?limit=100").json()["data"]}
+
+    before = known()
+    done = flux("bench", "--url", f"{server.url}/v1", "--size", "128x128", "--steps", "1", "--requests", "6",
+                "--concurrency", "1", "3", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["server"]["model"] == httpx.get(f"{server.url}/ready").json()["model"]
+    assert [row["clients"] for row in found["rows"]] == [1, 3]
+    for row in found["rows"]:
+        assert 0 < row["p50_s"] <= row["p95_s"]
+        assert row["pictures_per_s"] > 0
+    assert len(known() - before) == 1 + 6 + 3 + 6, "each row has a warm-up of one request a client"
+
+
+def test_bench_starts_a_server_of_its_own(tmp_path: Path) -> None:
+    done = flux("bench", "--size", "128x128", "--steps", "1", "--requests", "2", "--concurrency", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "pictures/s" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--url", "http://127.0.0.1:9"), "Start a server with `flux-local serve`"),
+        (("--model", "nowhere"), "No server to measure: "),
+        (("--requests", "0"), "0 is not at least 1"),
+    ],
+)
+def test_bench_says_what_is_missing(flags: tuple[str, ...], message: str) -> None:
+    done = flux("bench", *flags)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bench_says_what_the_server_refuses(server: object) -> None:
+    from tests.servers import Server
+
+    assert isinstance(server, Server)
+    done = flux("bench", "--url", server.url, "--steps", "1000", "--requests", "1", "--concurrency", "1")
+    assert done.returncode == 1
+    assert "The server refused a request (400): 'num_inference_steps'" in done.stderr
