@@ -99,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-PIPELINE_SETTINGS = ("model", "devices", "precisions", "memory", "reference", "loras_dir", "cache_dir")
+PIPELINE_SETTINGS = (
+    "model", "devices", "precisions", "memory", "fp8_attention", "reference", "loras_dir", "cache_dir"
+)  # fmt: skip
 ONLY_SERVED = frozenset(
     {"prompt", "model", "response_format", "output_format", "sync_mode", "stream", "partial_images", "user", "style",
      "quality", "background", "moderation", "input_fidelity"}
@@ -312,7 +314,7 @@ def run_generate(options: argparse.Namespace) -> int:
         loading = bar.add_task(f"loading {model.name}", total=None)
         pipeline = load(
             weights.identify(folder), pick_device(settings.device_list()[0]), settings.precisions, settings.reference,
-            settings.tier(), model.canvas.max_area, settings.cache_folder(),
+            settings.tier(), model.canvas.max_area, settings.cache_folder(), settings.fp8_attention,
         )  # fmt: skip
         bar.remove_task(loading)
         if options.go_fast is None:

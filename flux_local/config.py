@@ -45,6 +45,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Meta(description="How the device's memory is used; 'auto' takes the fastest way that fits."),
     ] = "auto"
     go_fast: Annotated[bool, Meta(description="Draw in fp8 when the request does not say.")] = False
+    fp8_attention: Annotated[
+        bool, Meta(description="In fp8, attention too: a GPU needs a library that does it, and no start without.")
+    ] = False
     safety_checker: Annotated[
         Literal["auto", "on", "off"], Meta(description="Look at every picture: 'auto' where the checker's weights are.")
     ] = "auto"
@@ -122,6 +125,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             "--precisions",
             self.precisions,
             *(["--reference"] if self.reference else []),
+            *(["--fp8-attention"] if self.fp8_attention else []),
         ]
         if (tier := self.tier()) is not None:
             options += ["--memory", tier]

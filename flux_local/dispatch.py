@@ -95,6 +95,8 @@ class Dispatcher:
         self.limits = limits
         self.started = False
         self.precisions: tuple[str, ...] = ()
+        self.attentions: dict[str, str] = {}
+        """By precision, whose attention the engines have."""
         self.draining = False
         self.pending: dict[str, Pending] = {}
         self.held: dict[str, Held] = {}
@@ -132,6 +134,8 @@ class Dispatcher:
         self.precisions = tuple(p for p in readies[0].precisions if all(p in ready.precisions for ready in readies))
         if not self.precisions:
             raise StartError("The devices have no precision in common. Set --precisions or --memory for all of them.")
+        of_all = [dict(zip(ready.precisions, ready.attentions, strict=True)) for ready in readies]
+        self.attentions = {p: ", ".join(sorted({of_one[p] for of_one in of_all})) for p in self.precisions}
         self.started = True
         return readies[0]
 

@@ -78,7 +78,7 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
         checkpoint = weights.identify(options.model)
         pipeline = load(
             checkpoint, device, options.precisions, options.reference, options.memory,
-            info.canvas.max_area, options.cache,
+            info.canvas.max_area, options.cache, options.fp8_attention,
         )  # fmt: skip
         checker = safety_checker(options, device)
         loaded = time.monotonic()
@@ -92,9 +92,8 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
     pulse.enter(Phase.IDLE)
     channel.send(
         Ready(
-            device, pipeline.precisions, loaded - started, now - loaded, step_seconds, per_token, str(pipeline.plan),
-            pipeline.plan.tier,
-            checkpoint.nbytes,
+            device, pipeline.precisions, pipeline.attentions, loaded - started, now - loaded, step_seconds, per_token,
+            str(pipeline.plan), pipeline.plan.tier, checkpoint.nbytes,
         )
     )  # fmt: skip
     Engine(pipeline, channel, pulse, per_token, checker).run()
@@ -123,6 +122,7 @@ def main() -> int:
     parser.add_argument("--precisions", default="both")
     parser.add_argument("--memory")
     parser.add_argument("--cache", type=Path)
+    parser.add_argument("--fp8-attention", action="store_true")
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--safety", type=Path)
     parser.add_argument("--safety-labels", default="")

@@ -70,13 +70,15 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The warm-up picture is drawn.
 
-    `precisions`: the model's own, then fp8, of those that are loaded. `load_seconds`: without imports. `step_seconds`:
-    a step of the picture at the model's 1:1 canvas, alone; `token_seconds`: an image token's share of that. `memory`:
-    how the model is laid out, in words; `tier`: the name of that. `weights_bytes`: of the model's files.
+    `precisions`: the model's own, then fp8, of those that are loaded; `attentions`: whose attention each has.
+    `load_seconds`: without imports. `step_seconds`: a step of the picture at the model's 1:1 canvas, alone;
+    `token_seconds`: an image token's share of that. `memory`: how the model is laid out, in words; `tier`: the name of
+    that. `weights_bytes`: of the model's files.
     """
 
     device: str
     precisions: tuple[str, ...]
+    attentions: tuple[str, ...]
     load_seconds: float
     warm_up_seconds: float
     step_seconds: float

@@ -35,7 +35,8 @@ from flux_local.model import kernels  # noqa: E402
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {"x": "*bf16", "branch": "*bf16", "modulation": "*bf16", "qkv": "*bf16", "weights": "*bf16", "out": "*bf16",
          "rotary": "*fp32", "sums": "*fp32", "scale": "*fp32", "shift": "*fp32", "scales": "*fp32",
-         "values": "*fp8e4nv", "epsilon": "fp32", "largest": "fp32", "tiny": "fp32"}  # fmt: skip
+         "value_scale": "*fp32", "found": "*fp32", "values": "*fp8e4nv",
+         "epsilon": "fp32", "largest": "fp32", "tiny": "fp32"}  # fmt: skip
 """Of arguments by name; all others are whole numbers."""
 ALIGNED = {"width", "row_stride", "size", "picture_stride", "stream_stride", "channels", "first"}
 """Numbers that FLUX.1's sizes make multiples of 16."""
@@ -70,7 +71,9 @@ def launches() -> list[Launch]:
     return [
         *norms,
         *quantised,
-        (kernels._norm_rotate, {"HEADS": 32, "SIZE": 128}, {}, 4),
+        (kernels._norm_rotate, {"FP8": False, "HEADS": 32, "SIZE": 128}, {}, 4),
+        (kernels._norm_rotate, {"FP8": True, "HEADS": 32, "SIZE": 128}, {"out": "*fp8e4nv"}, 8),
+        (kernels._largest_values, {"TOKENS": kernels.TOKENS, "HEADS": 32, "SIZE": 128}, {}, 4),
         (kernels._gelu, {"BLOCK": kernels.GELU_BLOCK}, {}, 4),
         (kernels._channel_sums, {"PIXELS": kernels.PIXELS, "ROWS": 32, "CHANNELS": 128}, {}, 8),
         (kernels._scale_shift_silu, {"ROWS": 32, "CHANNELS": 128}, {}, 8),

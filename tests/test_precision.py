@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 from flux_local.model.fp8 import Fp8Linear, RoundedLinear, in_fp8, rounded
+from flux_local.model.fp8_attention import scales
 from flux_local.model.latents import initial_noise
 from flux_local.model.layers import Layers, Linear
 from flux_local.model.loader import Pipeline
-from flux_local.model.ops import LARGEST, Layout, Ops, quantised
+from flux_local.model.ops import LARGEST, Layout, Ops, heads_quantised, quantised
 from flux_local.model.transformer import FluxTransformer, Geometry
 from tests.servers import Server, pictures, running
 from tests.test_transformer import SMALL, prompt_of, random_module
@@ -104,6 +105,62 @@ def test_blocks_in_fp8_give_what_the_emulation_gives(kernels: bool, batch: int) 
             drawn = transformer.velocity(latents.to(transformer.dtype), conditions, [0] * batch, 48, 32)
             velocity.append(drawn.float())
     assert (velocity[1] - velocity[0]).norm() / velocity[0].norm() < 0.02
+
+
+class TestAttention:
+    """`--fp8-attention` where it is emulated."""
+
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_it_is_attention_on_rounded_heads(self, batch: int) -> None:
+        module = random_module(SMALL)
+        exact = FluxTransformer(Geometry.of(module.config), Layers(module.state_dict().__getitem__))
+        rounding, more = in_fp8(exact), in_fp8(exact, attention=True)
+        latents = torch.cat([initial_noise(i, 48, 32) for i in range(batch)])
+        found = []
+        for transformer in (exact, rounding, more):
+            conditions = [transformer.condition(prompt_of(module.config, 4, i), [0.8], 2.0) for i in range(batch)]
+            found.append(transformer.velocity(latents, conditions, [0] * batch, 48, 32))
+        truth, without, with_it = found
+        assert not torch.equal(without, with_it)
+        assert (with_it - truth).norm() / truth.norm() < 2 * (without - truth).norm() / truth.norm()
+        alone = more.velocity(latents[:1], conditions[:1], [0], 48, 32)
+        torch.testing.assert_close(with_it[:1], alone, atol=1e-5, rtol=1e-5)
+
+    def test_a_picture_does_not_feel_its_company(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        size, layout = 16, Layout(2, 3, 5)
+        weights, rotary = torch.rand(2, 2, size, generator=generator) + 0.5, torch.randn(8, size // 2, 2)
+        qkv = torch.randn(layout.rows, 7 * 2 * size, generator=generator)
+        qkv[layout.text : layout.text_rows] *= 1000  # the other picture's
+        both = heads_quantised(qkv, 2, weights, rotary, scales(weights), layout)
+        own = torch.cat([qkv[:3], qkv[6:11]])
+        alone = heads_quantised(own, 2, weights, rotary, scales(weights), Layout(1, 3, 5))
+        for together, single in zip(both, alone, strict=True):
+            first = together[:1] if together.ndim > 1 else together
+            assert torch.equal(first.float(), single.float())
+
+    def test_no_query_and_no_key_is_too_large(self) -> None:
+        """One that points along a single axis is as long as a number can get."""
+        size = 16
+        weights = torch.tensor([[[2.0] * size, [0.5] * size]])
+        qkv = torch.zeros(2, 3 * size)
+        qkv[:, 3] = qkv[:, size + 3] = 1e4
+        still = torch.tensor([1.0, 0.0]).expand(2, size // 2, 2).contiguous()
+        heads = heads_quantised(qkv, 1, weights, still, scales(weights), Layout(1, 1, 1))
+        assert heads.query.float().abs().max() == heads.key.float().abs().max() == LARGEST
+        torch.testing.assert_close(heads.query.float()[0, 0, 0, 3] * heads.scales[0], torch.tensor(8.0))
+
+    def test_a_server_says_so(self, tmp_path: Path, server: Server) -> None:
+        plain = server.post(FAST)
+        assert plain.headers["x-flux-attention"] == "torch"
+        assert httpx.get(server.url + "/ready").json()["attention"] == {"fp32": "torch", "fp8": "torch"}
+        with running(tmp_path, "--fp8-attention") as other:
+            assert httpx.get(other.url + "/ready").json()["attention"] == {"fp32": "torch", "fp8": "fp8 emulated"}
+            assert other.post(BODY).headers["x-flux-attention"] == "torch"
+            more = other.post(FAST)
+        assert more.headers["x-flux-attention"] == "fp8 emulated"
+        difference = np.abs(pixels(plain) - pixels(more))
+        assert 0 < difference.mean() < 12, "another rounding, the same picture"
 
 
 class TestServed:

@@ -22,7 +22,7 @@ from flux_local.api.routes import later_routes, probes, router
 from flux_local.api.work import Services
 
 PREFIXES = ("/v1", "/openai/v1", "")
-EXPOSED = ("x-request-id", "x-flux-seed", "x-flux-precision", "x-flux-acceleration", "location")
+EXPOSED = ("x-request-id", "x-flux-seed", "x-flux-precision", "x-flux-attention", "x-flux-acceleration", "location")
 """Headers that a page of another origin may read."""
 
 log = logging.getLogger("flux_local.access")

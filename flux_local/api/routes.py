@@ -140,6 +140,7 @@ def probes(services: Services) -> APIRouter:
             "device": state.device,
             "precision": state.precisions[0],
             "precisions": list(state.precisions),
+            "attention": services.dispatcher.attentions,
             "memory": state.memory,
             "engines": [
                 {"device": engine.ready.device if engine.ready else engine.device, "ready": engine.ready is not None}

@@ -111,9 +111,11 @@ class Work:
     def headers(self, body: dict[str, Any]) -> dict[str, str]:
         """Of the answer with this body."""
         params = self.params
+        precision = self.services.precision(params)
         headers = {
             "x-flux-seed": ",".join(map(str, params.seeds)),
-            "x-flux-precision": self.services.precision(params),
+            "x-flux-precision": precision,
+            "x-flux-attention": self.services.dispatcher.attentions[precision],
         }
         if params.acceleration != "none":
             headers["x-flux-acceleration"] = params.mask_origin

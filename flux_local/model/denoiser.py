@@ -89,6 +89,10 @@ class Transformer(Protocol):
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def attention_by(self) -> str:
+        """Whose attention it has."""
+
     def condition(self, prompt: PromptEmbedding, sigmas: Sequence[float], guidance: float) -> Any:
         """All that it has to know of one picture's prompt, noise levels at each step, and guidance."""
 

@@ -95,9 +95,13 @@ def conversion(device: torch.device, ops: Ops, native: bool | None = None) -> tu
     return (partial(Fp8Linear.of, quantise=ops.quantised), True) if native else (RoundedLinear.of, False)
 
 
-def in_fp8(transformer: FluxTransformer, native: bool | None = None) -> FluxTransformer:
-    """The same transformer with its blocks in fp8 (see `conversion`); everything else is shared with the given one."""
-    return transformer.with_blocks(*conversion(transformer.device, transformer.ops, native))
+def in_fp8(transformer: FluxTransformer, native: bool | None = None, attention: bool = False) -> FluxTransformer:
+    """The same transformer with its blocks in fp8 (see `conversion`); everything else is shared with the given one.
+
+    Args:
+        attention: in fp8 too.
+    """
+    return transformer.with_blocks(*conversion(transformer.device, transformer.ops, native), attention)
 
 
 class Fp8Storage(torch.nn.Module):

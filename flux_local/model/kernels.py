@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flux_local.model.ops import E4M3, EPSILON, LARGEST, TINY, Layout, Rows, Site
+from flux_local.model.ops import E4M3, EPSILON, LARGEST, TINY, Heads, Layout, Rows, Site
 
 GELU_BLOCK = 1024
 PIXELS = 256
 """Pixels whose sums one program of the group norm takes,"""
 TILE = 4096
 """as so many numbers at a time."""
+TOKENS = 16
+"""Whose largest values one program takes."""
 
 
 @triton.jit
@@ -29,18 +31,24 @@ def _gelu_of(value):
 
 
 @triton.jit
-def _to_fp8(row, largest, tiny):
-    """A row's scale, and its numbers over that, rounded to e4m3 but still fp32.
+def _rounded(value, largest):
+    """Numbers as e4m3 has them, but still fp32.
 
     By hand, ties to even, so that the cast after it is exact whoever does it. Below 2⁻⁶ the numbers of e4m3 lie 2⁻⁹
     apart, which is what fp32 keeps next to 24576; above, three bits follow the leading one.
     """
-    scale = tl.maximum(tl.max(tl.abs(row), 0), tiny) / largest
-    scaled = tl.minimum(tl.maximum(row / scale, -largest), largest)
-    near_zero = (scaled + 24576.0) - 24576.0
-    bits = scaled.to(tl.int32, bitcast=True)
+    value = tl.minimum(tl.maximum(value, -largest), largest)
+    near_zero = (value + 24576.0) - 24576.0
+    bits = value.to(tl.int32, bitcast=True)
     elsewhere = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    return scale, tl.where(tl.abs(scaled) < 0.015625, near_zero, elsewhere)
+    return tl.where(tl.abs(value) < 0.015625, near_zero, elsewhere)
+
+
+@triton.jit
+def _to_fp8(row, largest, tiny):
+    """A row's scale, and its numbers over that, rounded to e4m3 but still fp32."""
+    scale = tl.maximum(tl.max(tl.abs(row), 0), tiny) / largest
+    return scale, _rounded(row / scale, largest)
 
 
 @triton.jit
@@ -114,8 +122,8 @@ def add_norm_quantised(x: Tensor, branch: Tensor, modulation: Tensor, layout: La
 
 @triton.jit
 def _norm_rotate(
-    qkv, weights, rotary, row_stride, stream_stride, heads, size, text_rows, text, image, epsilon,
-    HEADS: tl.constexpr, SIZE: tl.constexpr,
+    qkv, weights, rotary, scales, value_scale, out, row_stride, stream_stride, heads, size, text_rows, text, image,
+    epsilon, largest, FP8: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     which = tl.program_id(1)
@@ -127,26 +135,77 @@ def _norm_rotate(
     at = qkv + row * row_stride + which * heads * size + head * size + column
     value = tl.load(at, inside, 0.0).to(tl.float32)
     root = tl.sqrt(tl.sum(value * value, 1) / size + epsilon)
-    of_stream = weights + tl.where(of_image, stream_stride, 0) + which * size
+    of_stream = weights + tl.where(of_image, stream_stride, 0) + tl.minimum(which, 1) * size
     weight = tl.load(of_stream + column, column < size, 0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(value / root[:, None] * weight, (HEADS, SIZE // 2, 2)))
     angle = tl.load(rotary + position * size + column, column < size, 0.0)
     cosine, sine = tl.split(tl.reshape(angle, (1, SIZE // 2, 2)))
-    turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
-    tl.store(at, tl.reshape(turned, (HEADS, SIZE)).to(qkv.dtype.element_ty), inside)
+    turned = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), (HEADS, SIZE))
+    if FP8:
+        picture = tl.where(of_image, (row - text_rows) // image, row // text)
+        of_head = tl.load(value_scale + picture * heads + head, head < heads, 1.0)
+        scale = tl.where(which < 2, tl.load(scales + tl.minimum(which, 1)), of_head)
+        narrow = _rounded(tl.where(which < 2, turned, value) / scale, largest)
+        batch = text_rows // text
+        token = (which * batch + picture) * (text + image) + position
+        tl.store(out + (token * heads + head) * size + column, narrow.to(out.dtype.element_ty), inside)
+    else:
+        tl.store(at, turned.to(qkv.dtype.element_ty), inside)
 
 
 def norm_rotate_(qkv: Tensor, heads: int, weights: Tensor, rotary: Tensor, layout: Layout) -> None:
     """`ops.norm_rotate_`: a program for the queries of a row, another for its keys."""
+    launch_norm_rotate(qkv, heads, weights, rotary, layout)
+
+
+def launch_norm_rotate(
+    qkv: Tensor, heads: int, weights: Tensor, rotary: Tensor, layout: Layout,
+    scales: tuple[Tensor, Tensor] | None = None, out: Tensor | None = None,
+) -> None:  # fmt: skip
     streams, _, size = weights.shape
     assert qkv.stride(1) == 1
     assert rotary.is_contiguous()
     assert weights.is_contiguous()
-    _norm_rotate[(len(qkv), 2)](
-        qkv, weights, rotary, qkv.stride(0), weights.stride(0) if streams > 1 else 0, heads, size, layout.text_rows,
-        layout.text, layout.image, EPSILON, HEADS=triton.next_power_of_2(heads), SIZE=triton.next_power_of_2(size),
-        num_warps=4,
+    _norm_rotate[(len(qkv), 2 if out is None else 3)](
+        qkv, weights, rotary, *(scales or (rotary, rotary)), qkv if out is None else out, qkv.stride(0),
+        weights.stride(0) if streams > 1 else 0, heads, size, layout.text_rows, layout.text, layout.image, EPSILON,
+        LARGEST, FP8=out is not None, HEADS=triton.next_power_of_2(heads), SIZE=triton.next_power_of_2(size),
+        num_warps=4 if out is None else 8,
     )  # fmt: skip
+
+
+@triton.jit
+def _largest_values(
+    qkv, found, row_stride, heads, size, text_rows, text, image,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    block, picture = tl.program_id(0), tl.program_id(1)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, SIZE)[None, :]
+    largest = tl.zeros((HEADS,), tl.float32)
+    for i in range(TOKENS):
+        token = block * TOKENS + i
+        row = tl.where(token < text, picture * text + token, text_rows + picture * image + token - text).to(tl.int64)
+        inside = (head < tl.where(token < text + image, heads, 0)) & (column < size)
+        value = tl.load(qkv + row * row_stride + (2 * heads + head) * size + column, inside, 0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(value), 1))
+    head = tl.arange(0, HEADS)
+    tl.store(found + (picture * tl.num_programs(0) + block) * heads + head, largest, head < heads)
+
+
+def heads_quantised(qkv: Tensor, heads: int, weights: Tensor, rotary: Tensor, scales: Tensor, layout: Layout) -> Heads:
+    """`ops.heads_quantised`: once over the values for their scales, then once over all."""
+    size, tokens = weights.shape[2], layout.text + layout.image
+    blocks = triton.cdiv(tokens, TOKENS)
+    found = torch.empty(layout.batch, blocks, heads, dtype=torch.float32, device=qkv.device)
+    _largest_values[(blocks, layout.batch)](
+        qkv, found, qkv.stride(0), heads, size, layout.text_rows, layout.text, layout.image, TOKENS=TOKENS,
+        HEADS=triton.next_power_of_2(heads), SIZE=triton.next_power_of_2(size), num_warps=4,
+    )  # fmt: skip
+    value_scale = found.amax(1).clamp_min_(TINY).div_(LARGEST)
+    out = torch.empty(3, layout.batch, tokens, heads, size, dtype=E4M3, device=qkv.device)
+    launch_norm_rotate(qkv, heads, weights, rotary, layout, (scales, value_scale), out)
+    return Heads(out[0], out[1], out[2], scales, value_scale)
 
 
 @triton.jit
@@ -260,6 +319,7 @@ KERNELS: dict[str, Any] = {
     "modulated_norm": modulated_norm,
     "add_norm": add_norm,
     "norm_rotate_": norm_rotate_,
+    "heads_quantised": heads_quantised,
     "gelu_": gelu_,
     "group_norm_silu": group_norm_silu,
     "quantised": quantised,

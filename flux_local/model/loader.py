@@ -16,6 +16,7 @@ from flux_local.model.bfl import DiffusersNames
 from flux_local.model.checkpoint import Checkpoint, Component, Part, identify
 from flux_local.model.denoiser import Denoiser, Keep, Picture, noised
 from flux_local.model.fp8 import conversion, in_fp8, store_in_fp8
+from flux_local.model.fp8_attention import ADVICE
 from flux_local.model.latents import initial_noise
 from flux_local.model.layers import Layers, Weights
 from flux_local.model.lora import Adapters, Choice
@@ -24,7 +25,7 @@ from flux_local.model.ops import Layout, Ops
 from flux_local.model.prepared import PreparedLayers, Target
 from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.schedule import FlowSchedule
-from flux_local.model.selfcheck import Sizes, accelerated
+from flux_local.model.selfcheck import Sizes, accelerated, with_fp8_attention
 from flux_local.model.tensors import Tensors
 from flux_local.model.text import PromptCache, PromptEmbedding, PromptEncoder
 from flux_local.model.transformer import FluxTransformer, Geometry
@@ -59,6 +60,11 @@ class Pipeline:
         if self.fast is None:
             return (dtype,)
         return ("fp8",) if self.fast is self.denoiser else (dtype, "fp8")
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Whose attention each of `precisions` has."""
+        return tuple(self.denoiser_for(p == "fp8").transformer.attention_by for p in self.precisions)
 
     def denoiser_for(self, go_fast: bool, careful: bool = False) -> Denoiser:
         """The one of a precision; `careful` with plain operations instead of kernels and graphs."""
@@ -137,6 +143,7 @@ def load(
     tier: Tier | None = None,
     largest: int = 1 << 22,
     cache: Path | None = None,
+    fp8_attention: bool = False,
 ) -> Pipeline:
     """Loads the model onto the device: fp32 on the CPU, bf16 on a GPU.
 
@@ -146,9 +153,11 @@ def load(
         tier: how the memory is used; the best that fits, if not said.
         largest: pixels of the largest canvas.
         cache: folder of prepared models; one is used where the transformer is wanted in fp8 alone.
+        fp8_attention: attention too, where the blocks are in fp8.
 
     Raises:
-        WeightsError: a component is missing or cannot be read; the message names it. StartError: it does not fit.
+        WeightsError: a component is missing or cannot be read; the message names it. StartError: it does not fit, or
+            nothing on this machine does attention in fp8 on this device.
     """
     checkpoint = identify(model) if isinstance(model, Path) else model
     import_libraries()
@@ -160,7 +169,7 @@ def load(
         )
     text = prompt_encoder(checkpoint, device, dtype, plan)
     plain = reference or plan.tier == "offload"
-    ops = Ops() if plain or device == "cpu" else operations(geometry, device, dtype)
+    ops = Ops() if plain or device == "cpu" else operations(geometry, device, dtype, fp8_attention)
     with translated(checkpoint.path):
         part = checkpoint.parts["transformer"]
         weights = transformer_weights(part, geometry, device, dtype)
@@ -178,12 +187,12 @@ def load(
                 target = Target(device, native, ops.quantised, plan.modulation_on_host)
                 layers = PreparedLayers(ready, target)
                 plan = replace(plan, prepared=True)
-            denoiser = fast = Denoiser(FluxTransformer(geometry, layers, ops, native))
+            denoiser = fast = Denoiser(FluxTransformer(geometry, layers, ops, native, fp8_attention))
         else:
             own = FluxTransformer(geometry, Layers(weights), ops)
             denoiser = Denoiser(own)
             if plan.tier == "both":
-                fast = Denoiser(in_fp8(own))
+                fast = Denoiser(in_fp8(own, attention=fp8_attention))
         vae = Autoencoder(autoencoder(checkpoint, device, dtype), ops, plan.tile_above)
     schedule = FlowSchedule.of(checkpoint.scheduler())
     return Pipeline(text, denoiser, vae, schedule, fast, None if plain else Adapters(weights), plan)
@@ -200,10 +209,20 @@ def weights_of(checkpoint: Checkpoint, device: str) -> Weights:
     return transformer_weights(checkpoint.parts["transformer"], geometry, device, dtype_of(device))
 
 
-def operations(geometry: Geometry, device: str, dtype: torch.dtype) -> Ops:
-    """What a GPU is found to do rightly, at the model's own sizes."""
+def operations(geometry: Geometry, device: str, dtype: torch.dtype, fp8_attention: bool) -> Ops:
+    """What a GPU is found to do rightly, at the model's own sizes.
+
+    Raises:
+        StartError: attention is wanted in fp8, and no library here does it.
+    """
     sizes = Sizes(geometry.heads, geometry.head_size, Layout(1, 512, 1024))
-    return accelerated(sizes, device, dtype)[0]
+    ops, _ = accelerated(sizes, device, dtype)
+    if fp8_attention:
+        ops, findings = with_fp8_attention(ops, sizes, device, dtype)
+        if not findings[-1].good:
+            tried = "; ".join(f"{finding.name.rpartition(' ')[2]}: {finding.reason}" for finding in findings)
+            raise StartError(f"Nothing here does attention in fp8 ({tried}). {ADVICE}")
+    return ops
 
 
 def transformer_weights(part: Part, geometry: Geometry, device: str, dtype: torch.dtype) -> Weights:

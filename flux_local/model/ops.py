@@ -130,7 +130,7 @@ def attention(qkv: Tensor, heads: int, size: int, layout: Layout) -> Tensor:
     return scattered(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), layout)
 
 
-def attention_by(backend: SDPBackend) -> Callable[[Tensor, int, int, Layout], Tensor]:
+def attention_on(backend: SDPBackend) -> Callable[[Tensor, int, int, Layout], Tensor]:
     """`attention` on one of torch's backends and no other: one that cannot do it raises."""
 
     def forced(qkv: Tensor, heads: int, size: int, layout: Layout) -> Tensor:
@@ -200,6 +200,62 @@ def gelu_quantised(x: Tensor, first: int) -> Rows:
     return quantised(x)
 
 
+class Heads(NamedTuple):
+    """What attention takes, in fp8: each number ≈ its value here · its scale."""
+
+    query: Tensor
+    """[batch, text + image, heads, size] e4m3, normalised and rotated."""
+    key: Tensor
+    """The same."""
+    value: Tensor
+    """The same, neither normalised nor rotated."""
+    scales: Tensor
+    """[2] fp32: of all queries, and of all keys."""
+    value_scale: Tensor
+    """[batch, heads] fp32."""
+
+
+def heads_quantised(qkv: Tensor, heads: int, weights: Tensor, rotary: Tensor, scales: Tensor, layout: Layout) -> Heads:
+    """`norm_rotate_`, into fp8 instead of in place; each head's values of a picture have a scale of their own.
+
+    Args:
+        scales: [2] fp32, of the queries and of the keys.
+    """
+    size = weights.shape[2]
+    wide = qkv[:, : 3 * heads * size].to(torch.float32, copy=True)
+    norm_rotate_(wide, heads, weights, rotary, layout)
+    query, key, value = gathered(wide, layout).unflatten(-1, (3, heads, size)).unbind(2)
+    value_scale = value.abs().amax(dim=(1, 3)).clamp_min(TINY) / LARGEST
+
+    def narrow(x: Tensor, scale: Tensor) -> Tensor:
+        return (x / scale).clamp(-LARGEST, LARGEST).to(E4M3)
+
+    return Heads(
+        narrow(query, scales[0]), narrow(key, scales[1]), narrow(value, value_scale[:, None, :, None]), scales,
+        value_scale,
+    )  # fmt: skip
+
+
+def attention_quantised(heads: Heads, layout: Layout, out: Tensor) -> None:
+    """`attention` on what fp8 holds, into `out` [rows, D] of any row stride. Probabilities are not rounded here."""
+    scales = (heads.scales[0], heads.scales[1], heads.value_scale[:, None, :, None])
+    q, k, v = ((x.float() * scale).transpose(1, 2) for x, scale in zip(heads[:3], scales, strict=True))
+    scatter_into(out, F.scaled_dot_product_attention(q, k, v).transpose(1, 2), layout)
+
+
+def scatter_into(out: Tensor, tokens: Tensor, layout: Layout, scale: Tensor | None = None) -> None:
+    """[batch, text + image, heads, size], each head times its `scale` [batch, heads], into rows `out` [rows, D]."""
+    first = 0
+    for stream in tokens.split((layout.text, layout.image), dim=1):
+        batch, count, *head = stream.shape
+        rows = out[first : first + batch * count].unflatten(0, (batch, count)).unflatten(-1, head)
+        if scale is None:
+            rows.copy_(stream)
+        else:
+            torch.mul(stream, scale[:, None, :, None], out=rows)
+        first += batch * count
+
+
 @dataclass(frozen=True)
 class Ops:
     """One implementation of each operation. Those of this module unless another is put in place."""
@@ -209,8 +265,14 @@ class Ops:
     norm_rotate_: Callable[[Tensor, int, Tensor, Tensor, Layout], None] = norm_rotate_
     gelu_: Callable[[Tensor], None] = gelu_
     attention: Callable[[Tensor, int, int, Layout], Tensor] = attention
+    heads_quantised: Callable[[Tensor, int, Tensor, Tensor, Tensor, Layout], Heads] = heads_quantised
+    attention_quantised: Callable[[Heads, Layout, Tensor], None] = attention_quantised
     group_norm_silu: Callable[[Tensor, int, Tensor, Tensor, float], Tensor] = group_norm_silu
     quantised: Callable[[Tensor], Rows] = quantised
     modulated_norm_quantised: Callable[[Tensor, Tensor, Layout, Site], Rows] = modulated_norm_quantised
     add_norm_quantised: Callable[[Tensor, Tensor, Tensor, Layout, Site], Rows] = add_norm_quantised
     gelu_quantised: Callable[[Tensor, int], Rows] = gelu_quantised
+    attention_by: str = "torch"
+    """Whose kernel `attention` is,"""
+    attention_quantised_by: str = "emulated"
+    """and whose `attention_quantised` is."""

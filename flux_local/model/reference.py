@@ -35,6 +35,8 @@ class ReferenceTransformer:
         device: where it computes, if its weights are elsewhere.
     """
 
+    attention_by: str = "diffusers"
+
     def __init__(self, module: Any, device: torch.device | None = None) -> None:
         self.module = module
         self.dtype: torch.dtype = module.dtype

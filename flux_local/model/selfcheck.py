@@ -15,17 +15,24 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from flux_local.model.ops import Layout, Ops, Rows, Site, Vectors, attention_by
+from flux_local.model.fp8_attention import LIBRARIES, scales
+from flux_local.model.ops import Heads, Layout, Ops, Rows, Site, Vectors, attention_on, heads_quantised
 
 log = logging.getLogger("flux_local.selfcheck")
 
-ATTENTIONS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+ATTENTIONS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 """The fastest first (performance on Hopper at head size 128: FlashAttention-3, arXiv 2407.08608, figure 5)."""
 SITE = Site(Vectors(0, 1, 2), Vectors(3, 4, 5))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 """Largest ‖kernel − truth‖ / ‖truth‖: rounding of the results, twice over."""
 FP8_TOLERANCE = 2e-2
 """Where the result is in fp8 and what goes before it was rounded: numbers near the middle fall to either side."""
+PROBABILITY_TOLERANCE = 5e-2
+"""Of fp8 attention: libraries round probabilities to e4m3, by up to 1/16 each."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,32 @@ def accelerated(sizes: Sizes, device: str, dtype: torch.dtype) -> tuple[Ops, lis
         ops, findings = Ops(), [Finding("triton", False, None, str(error))]
     else:
         ops, findings = choose(KERNELS, sizes, device, dtype)
-    for backend in ATTENTIONS:
-        attention = attention_by(backend)
-        finding = replace(check("attention", attention, sizes, device, dtype), name=f"attention {backend.name}")
+    for name, backend in ATTENTIONS.items():
+        attention = attention_on(backend)
+        finding = replace(check("attention", attention, sizes, device, dtype), name=f"attention {name}")
         findings.append(finding)
         if finding.good:
-            return replace(ops, attention=attention), findings
+            return replace(ops, attention=attention, attention_by=name), findings
     log.warning("no attention backend could be forced; torch's own choice is used")
+    return ops, findings
+
+
+def with_fp8_attention(ops: Ops, sizes: Sizes, device: str, dtype: torch.dtype) -> tuple[Ops, list[Finding]]:
+    """The first of `LIBRARIES` that is there and does fp8 attention rightly, beside the given operations.
+
+    The operations come back as they are where there is none; the findings say why.
+    """
+    findings = []
+    for name, find in LIBRARIES.items():
+        try:
+            attention = find()
+        except ImportError as error:
+            findings.append(Finding(f"fp8 attention {name}", False, None, f"not installed ({error})"))
+            continue
+        finding = replace(check("attention_quantised", attention, sizes, device, dtype), name=f"fp8 attention {name}")
+        findings.append(finding)
+        if finding.good:
+            return replace(ops, attention_quantised=attention, attention_quantised_by=name), findings
     return ops, findings
 
 
@@ -100,7 +126,11 @@ def check(name: str, kernel: Any, sizes: Sizes, device: str, dtype: torch.dtype)
     except Exception as error:  # whatever a compiler or a driver raises
         return Finding(name, False, None, f"{type(error).__name__}: {error}"[:200])
     distance = float((found.double() - expected.double()).norm() / expected.double().norm())
-    limit = FP8_TOLERANCE if name.endswith("_quantised") and dtype != torch.float32 else TOLERANCE[dtype]
+    limit = TOLERANCE[dtype]
+    if name == "attention_quantised":
+        limit = PROBABILITY_TOLERANCE
+    elif name.endswith("_quantised") and dtype != torch.float32:
+        limit = FP8_TOLERANCE
     if not distance <= limit:
         return Finding(name, False, distance, f"off by {distance:.2e}, more than {limit:.0e}")
     return Finding(name, True, distance)
@@ -169,6 +199,32 @@ def try_attention(op: Any, sizes: Sizes, data: Data) -> Tensor:
     return found
 
 
+def some_heads(op: Any, sizes: Sizes, data: Data) -> Heads:
+    """Heads in fp8 of random queries, keys and values, by a form of `heads_quantised`."""
+    tokens = sizes.layout.text + sizes.layout.image
+    qkv = data.random(0, sizes.layout.rows, 7 * sizes.heads * sizes.head_size)
+    angle = Data(data.device, torch.float32, torch.float32).random(1, tokens, sizes.head_size // 2)
+    rotary = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    weights = data.random(2, 2, 2, sizes.head_size)
+    heads: Heads = op(qkv, sizes.heads, weights, rotary, scales(weights), sizes.layout)
+    return heads
+
+
+def try_heads_quantised(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    heads = some_heads(op, sizes, data)
+    by = (heads.scales[0], heads.scales[1], heads.value_scale[:, None, :, None])
+    widened = [(x.float() * scale).flatten() for x, scale in zip(heads[:3], by, strict=True)]
+    return torch.cat([*widened, heads.scales, heads.value_scale.flatten()]).to(data.given)
+
+
+def try_attention_quantised(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    """Into a strided part of a buffer; the heads are the same whatever precision is asked for."""
+    heads = some_heads(heads_quantised, sizes, Data(data.device, data.rounded, torch.float32))
+    buffer = torch.zeros(sizes.layout.rows, 3 * sizes.heads * sizes.head_size, dtype=data.given, device=data.device)
+    op(heads, sizes.layout, buffer[:, sizes.heads * sizes.head_size : -sizes.heads * sizes.head_size])
+    return buffer
+
+
 def try_group_norm(op: Any, sizes: Sizes, data: Data) -> Tensor:
     x = data.random(0, 1, sizes.channels, sizes.side, sizes.side + 1) * 3 + 1
     weight, bias = (data.random(seed, sizes.channels) for seed in (1, 2))
@@ -190,6 +246,8 @@ TRIALS: dict[str, Callable[[Any, Sizes, Data], Tensor]] = {
     "gelu_": try_gelu,
     "group_norm_silu": try_group_norm,
     "attention": try_attention,
+    "heads_quantised": try_heads_quantised,
+    "attention_quantised": try_attention_quantised,
     "quantised": try_quantised,
     "modulated_norm_quantised": try_norm_quantised,
     "add_norm_quantised": try_add_norm_quantised,

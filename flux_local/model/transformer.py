@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flux_local.model import fp8_attention
 from flux_local.model.graphs import Graphs
 from flux_local.model.latents import position_ids
 from flux_local.model.layers import Layers, Linear
@@ -78,6 +79,8 @@ class DoubleBlock:
     image: Stream
     norm: Tensor
     """[2, 2, head size]: for text and image, the weights of the query's and the key's RMSNorm."""
+    scales: Tensor
+    """[2]: of query and key, where attention is in fp8."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class SingleBlock:
     """Query, key and value and the MLP's hidden layer in one product: [7·D, D]."""
     norm: Tensor
     """[1, 2, head size]."""
+    scales: Tensor
+    """[2]."""
     out: Linear
     """Attention's output and the MLP's, back in one product: [D, 5·D]."""
 
@@ -103,10 +108,18 @@ class Condition:
 class FluxTransformer:
     """Noisy latents and a condition in, velocity out."""
 
-    def __init__(self, geometry: Geometry, layers: Layers, ops: Ops | None = None, fp8: bool = False) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        layers: Layers,
+        ops: Ops | None = None,
+        fp8: bool = False,
+        fp8_attention: bool = False,
+    ) -> None:
         """
         Args:
             fp8: whether the blocks' products take fp8 rows.
+            fp8_attention: whether attention takes fp8 too.
         """
         self.geometry = geometry
         self.ops = ops or Ops()
@@ -122,9 +135,15 @@ class FluxTransformer:
         self.sites = sites(geometry)
         self.fp8 = fp8
         """Whether what blocks take is put into fp8 where it is made."""
+        self.fp8_attention = fp8_attention
         self.dtype, self.device = self.image_in.weight.dtype, self.image_in.weight.device
         self._rotary: dict[tuple[int, int, int], Tensor] = {}
         self.run = recorded(self)
+
+    @property
+    def attention_by(self) -> str:
+        """Whose attention this is."""
+        return f"fp8 {self.ops.attention_quantised_by}" if self.fp8_attention else self.ops.attention_by
 
     @torch.inference_mode()
     def condition(self, prompt: PromptEmbedding, sigmas: Sequence[float], guidance: float) -> Condition:
@@ -196,10 +215,9 @@ class FluxTransformer:
 
     def attend(self, block: DoubleBlock, x: Activation, rotary: Tensor, layout: Layout) -> Tensor:
         """[rows, D] → [rows, D]: both streams attend to both."""
-        heads, size, width = self.geometry.heads, self.geometry.head_size, self.geometry.width
+        width = self.geometry.width
         qkv = each_stream(block.text.qkv, block.image.qkv, self.buffer(layout, 3 * width), x, layout)
-        self.ops.norm_rotate_(qkv, heads, block.norm, rotary, layout)
-        attended = self.ops.attention(qkv, heads, size, layout)
+        attended = self.attention(qkv, block, rotary, layout)
         return each_stream(block.text.out, block.image.out, self.buffer(layout, width), attended, layout)
 
     def feed_forward(self, block: DoubleBlock, x: Activation, _: Tensor, layout: Layout) -> Tensor:
@@ -211,11 +229,24 @@ class FluxTransformer:
 
     def attend_and_feed_forward(self, block: SingleBlock, x: Activation, rotary: Tensor, layout: Layout) -> Tensor:
         """[rows, D] → [rows, D]. Attention's output takes the values' place, so that it lies beside the MLP's."""
-        heads, size, width = self.geometry.heads, self.geometry.head_size, self.geometry.width
+        width = self.geometry.width
         buffer = block.qkv_up(x)
-        self.ops.norm_rotate_(buffer, heads, block.norm, rotary, layout)
-        buffer[:, 2 * width : 3 * width] = self.ops.attention(buffer, heads, size, layout)
+        self.attention(buffer, block, rotary, layout, buffer[:, 2 * width : 3 * width])
         return block.out(self.with_gelu(buffer[:, 2 * width :], width))
+
+    def attention(
+        self, qkv: Tensor, block: DoubleBlock | SingleBlock, rotary: Tensor, layout: Layout, out: Tensor | None = None
+    ) -> Tensor:
+        """[rows, ≥ 3·D] → [rows, D], in `out` if given, which may be the values' place; `qkv` is written to."""
+        heads, size = self.geometry.heads, self.geometry.head_size
+        if self.fp8_attention:
+            fp8 = self.ops.heads_quantised(qkv, heads, block.norm, rotary, block.scales, layout)
+            out = self.buffer(layout, self.geometry.width) if out is None else out
+            self.ops.attention_quantised(fp8, layout, out)
+            return out
+        self.ops.norm_rotate_(qkv, heads, block.norm, rotary, layout)
+        attended = self.ops.attention(qkv, heads, size, layout)
+        return attended if out is None else out.copy_(attended)
 
     def with_gelu(self, x: Tensor, first: int) -> Activation:
         """The columns from `first` on through GELU, the others as they are; `x` may be written to."""
@@ -237,20 +268,23 @@ class FluxTransformer:
     def buffer(self, layout: Layout, columns: int) -> Tensor:
         return torch.empty(layout.rows, columns, dtype=self.dtype, device=self.device)
 
-    def with_blocks(self, convert: Callable[[Linear], Linear], fp8: bool) -> FluxTransformer:
+    def with_blocks(
+        self, convert: Callable[[Linear], Linear], fp8: bool, fp8_attention: bool = False
+    ) -> FluxTransformer:
         """The same with every matrix product of the blocks converted; all else is shared.
 
         Args:
             fp8: whether the products take fp8 rows.
+            fp8_attention: whether attention takes fp8 too.
         """
 
         def stream(s: Stream) -> Stream:
             return Stream(convert(s.qkv), convert(s.out), convert(s.up), convert(s.down))
 
         twin = copy.copy(self)
-        twin.doubles = [DoubleBlock(stream(b.text), stream(b.image), b.norm) for b in self.doubles]
-        twin.singles = [SingleBlock(convert(b.qkv_up), b.norm, convert(b.out)) for b in self.singles]
-        twin.fp8 = fp8
+        twin.doubles = [replace(b, text=stream(b.text), image=stream(b.image)) for b in self.doubles]
+        twin.singles = [replace(b, qkv_up=convert(b.qkv_up), out=convert(b.out)) for b in self.singles]
+        twin.fp8, twin.fp8_attention = fp8, fp8_attention
         twin.run = recorded(twin)
         return twin
 
@@ -331,6 +365,12 @@ def modulation(geometry: Geometry, layers: Layers) -> Linear:
 
 def double_block(layers: Layers, name: str) -> DoubleBlock:
     attention = f"{name}.attn"
+    norm = torch.stack(
+        [
+            layers.norms(f"{attention}.norm_added_q", f"{attention}.norm_added_k"),
+            layers.norms(f"{attention}.norm_q", f"{attention}.norm_k"),
+        ]
+    )
 
     def stream(q: str, k: str, v: str, out: str, feed_forward: str) -> Stream:
         return Stream(
@@ -343,17 +383,17 @@ def double_block(layers: Layers, name: str) -> DoubleBlock:
     return DoubleBlock(
         text=stream("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context"),
         image=stream("to_q", "to_k", "to_v", "to_out.0", "ff"),
-        norm=torch.stack([
-            layers.norms(f"{attention}.norm_added_q", f"{attention}.norm_added_k"),
-            layers.norms(f"{attention}.norm_q", f"{attention}.norm_k"),
-        ]),
-    )  # fmt: skip
+        norm=norm,
+        scales=fp8_attention.scales(norm),
+    )
 
 
 def single_block(layers: Layers, name: str) -> SingleBlock:
     attention = f"{name}.attn"
+    norm = layers.norms(f"{attention}.norm_q", f"{attention}.norm_k")[None]
     return SingleBlock(
         qkv_up=layers.block(*(f"{attention}.{part}" for part in ("to_q", "to_k", "to_v")), f"{name}.proj_mlp"),
-        norm=layers.norms(f"{attention}.norm_q", f"{attention}.norm_k")[None],
+        norm=norm,
+        scales=fp8_attention.scales(norm),
         out=layers.block(f"{name}.proj_out"),
     )
