@@ -44,7 +44,7 @@ from flux_local.model.layers import Layers  # noqa: E402
 from flux_local.model.ops import Layout, Ops  # noqa: E402
 from flux_local.model.reference import ReferenceTransformer  # noqa: E402
 from flux_local.model.schedule import FlowSchedule  # noqa: E402
-from flux_local.model.selfcheck import Sizes, accelerated  # noqa: E402
+from flux_local.model.selfcheck import Sizes, accelerated, with_fp8_attention  # noqa: E402
 from flux_local.model.text import PromptEmbedding  # noqa: E402
 from flux_local.model.transformer import FluxTransformer, Geometry  # noqa: E402
 from flux_local.model.vae import Autoencoder  # noqa: E402
@@ -152,7 +152,17 @@ class Bench:
             for finding in findings:
                 self.report.check(f"kernel {finding.name}, batch {batch}", finding.good, **asdict(finding))
             if batch == 1:
-                self.ops = ops
+                self.ops = self.fp8_attention(ops, sizes)
+
+    def fp8_attention(self, ops: Ops, sizes: Sizes) -> Ops:
+        """With the first library that does attention in fp8; that none is there is no failure."""
+        ops, findings = with_fp8_attention(ops, sizes, self.device, self.dtype)
+        for finding in findings:
+            if finding.reason.startswith("not installed"):
+                say(f"  {finding.name}: {finding.reason}")
+            else:
+                self.report.check(f"kernel {finding.name}", finding.good, **asdict(finding))
+        return ops
 
     def build(self) -> None:
         """diffusers' module with random weights, and ours on the same."""
@@ -163,6 +173,8 @@ class Bench:
         weights = self.module.state_dict()
         self.ours = FluxTransformer(Geometry.of(self.module.config), Layers(weights.__getitem__), self.ops)
         self.fast = in_fp8(self.ours)
+        emulated = self.cuda and self.ops.attention_quantised_by == Ops().attention_quantised_by
+        self.fastest = None if emulated else in_fp8(self.ours, attention=True)
         self.theirs = ReferenceTransformer(self.module)
         self.report.timings["fuse_weights_s"] = time.perf_counter() - began
         say(f"  {sum(p.numel() for p in self.module.parameters()) / 1e9:.2f} billion parameters")
@@ -220,6 +232,11 @@ class Bench:
         worst = max(self.contributions(side))
         limit = FP8_BLOCK if self.scale is REAL else 2 * FP8_BLOCK  # short rows average less
         self.report.check("each block's contribution in fp8", 0 < worst <= limit, worst=worst, limit=limit)
+        if self.fastest is not None:
+            found = Denoiser(self.fastest).velocity(self.pictures(self.fastest, side, 1, 4)).double()
+            error = float((found - drawn["ours"]).norm() / drawn["ours"].norm())
+            name = f"velocity at {side}² in fp8, attention too, against ours"
+            self.report.check(name, 0 < error <= 1.5 * FP8_STEP, error=error, limit=1.5 * FP8_STEP)
         for name, transformer in (("bf16", self.ours), ("fp8", self.fast)):
             for batch in self.scale.batches[1:]:
                 same = Denoiser(transformer).independent(side, side, batch, self.prompt(0))
@@ -258,8 +275,10 @@ class Bench:
                 if batch * side * side <= 2 * self.scale.sides[0] ** 2
             }
             table[f"ours fp8 {side}"] = {"1": self.step_ms(self.fast, side, 1)}
-            for name in (f"diffusers eager {side}", f"ours without graph {side}", f"ours {side}", f"ours fp8 {side}"):
-                say(f"  {name:24} " + "  ".join(f"batch {b}: {ms:.2f} ms" for b, ms in table[name].items()))
+            if self.fastest is not None:
+                table[f"ours fp8, attention too {side}"] = {"1": self.step_ms(self.fastest, side, 1)}
+            for name in [name for name in table if name.endswith(f" {side}")]:
+                say(f"  {name:30} " + "  ".join(f"batch {b}: {ms:.2f} ms" for b, ms in table[name].items()))
         if self.cuda:
             self.compiled(table)
 
@@ -314,9 +333,12 @@ class Bench:
                 say(f"  decoding at {side}²: {timings[f'decode_{side}_ms']:.2f} ms")
             whole = {}
             modes = [(self.ours, "none"), (self.fast, "none"), (self.fast, "regular"), (self.fast, "high")]
+            if self.fastest is not None:
+                modes += [(self.fastest, "none"), (self.fastest, "regular"), (self.fastest, "high")]
             for side, (transformer, level) in product((self.scale.sides[0], self.scale.sides[-1]), modes):
                 denoiser, mask = Denoiser(transformer), formula(level, self.scale.steps)
-                name = f"{side}² {'fp8' if transformer is self.fast else 'own precision'}, acceleration {level}"
+                precision = "own precision" if transformer is self.ours else "fp8"
+                name = f"{side}² {precision}, attention {transformer.attention_by}, acceleration {level}"
                 taken = []
                 for _ in range(3):
                     if self.cuda:
