@@ -75,8 +75,11 @@ def ready(client: httpx.Client) -> dict[str, Any]:
         ) from error
     if answer.status_code != 200:
         raise StartError(f"The server at {client.base_url} is not ready: {said(answer)}")
-    found: dict[str, Any] = answer.json()
-    return found
+    with contextlib.suppress(ValueError):
+        found = answer.json()
+        if isinstance(found, dict) and {"model", "device", "precisions"} <= found.keys():
+            return found
+    raise StartError(f"What answers at {client.base_url} is no flux-local. Name the address of one with --url.")
 
 
 def requester(client: httpx.Client, body: Mapping[str, Any]) -> Callable[[int], None]:
@@ -84,7 +87,10 @@ def requester(client: httpx.Client, body: Mapping[str, Any]) -> Callable[[int], 
 
     def request(number: int) -> None:
         own = {"seed": abs(number), **body, "prompt": f"{body['prompt']} {number}", "response_format": "b64_json"}
-        answer = client.post("/v1/images/generations", json=own)
+        try:
+            answer = client.post("/v1/images/generations", json=own)
+        except httpx.HTTPError as error:
+            raise StartError(f"The server broke off ({error}). Look at its log, and measure again.") from error
         if answer.status_code != 200:
             raise StartError(f"The server refused a request ({answer.status_code}): {said(answer)}")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -155,3 +157,23 @@ def test_bench_says_what_the_server_refuses(server: object) -> None:
     done = flux("bench", "--url", server.url, "--steps", "1000", "--requests", "1", "--concurrency", "1")
     assert done.returncode == 1
     assert "The server refused a request (400): 'num_inference_steps'" in done.stderr
+
+
+def test_bench_knows_a_stranger() -> None:
+    """Another server that answers, and nothing like what was asked for."""
+
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"hello")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as stranger:
+        threading.Thread(target=stranger.serve_forever, daemon=True).start()
+        done = flux("bench", "--url", f"http://127.0.0.1:{stranger.server_port}")
+        stranger.shutdown()
+    assert done.returncode == 1
+    assert "is no flux-local" in done.stderr

@@ -129,7 +129,8 @@ class TestAttention:
     def test_a_picture_does_not_feel_its_company(self) -> None:
         generator = torch.Generator().manual_seed(0)
         size, layout = 16, Layout(2, 3, 5)
-        weights, rotary = torch.rand(2, 2, size, generator=generator) + 0.5, torch.randn(8, size // 2, 2)
+        weights = torch.rand(2, 2, size, generator=generator) + 0.5
+        rotary = torch.randn(8, size // 2, 2, generator=generator)
         qkv = torch.randn(layout.rows, 7 * 2 * size, generator=generator)
         qkv[layout.text : layout.text_rows] *= 1000  # the other picture's
         both = heads_quantised(qkv, 2, weights, rotary, scales(weights), layout)
