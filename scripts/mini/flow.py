@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -146,6 +146,53 @@ class Pool:
         self.loaded = index
 
 
+class Optimisers:
+    """Muon for the matrices within the blocks, AdamW for all else; to a training run, one optimiser.
+
+    Muon (Jordan 2024, "Muon: an optimizer for hidden layers in neural networks") makes each update's singular values
+    equal; scaled to the size of AdamW's updates (arXiv 2502.16982, section 2.2), so that one rate fits both.
+    """
+
+    def __init__(self, painter: Painter) -> None:
+        named = dict(painter.named_parameters())
+        hidden = {name for name, p in named.items() if p.ndim == 2 and "blocks." in name and ".linear." not in name}
+        hidden = {name for name in hidden if name.startswith("transformer.")}
+        others = [(name, p) for name, p in named.items() if name not in hidden]
+        groups = [
+            {"params": [p for _, p in others if p.ndim >= 2], "weight_decay": 0.01},
+            {"params": [p for _, p in others if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.parts: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(
+                [named[name] for name in sorted(hidden)],
+                lr=PEAK_RATE,
+                weight_decay=0.01,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), fused=True),
+        )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(index): part.state_dict() for index, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for index, part in enumerate(self.parts):
+            part.load_state_dict(state[str(index)])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
 def random_sigmas(count: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
     """Noise levels: four fifths logit-normal and shifted towards noise for the canvas, a fifth uniform."""
     t = torch.sigmoid(torch.randn(count, generator=generator)).clamp(1e-4, 1 - 1e-4)
@@ -167,10 +214,7 @@ def train(run: Run, vae: AutoencoderKL, scale: float = 1.0, compiled: bool = Tru
     vae = vae.eval().requires_grad_(False).to(run.device, memory_format=torch.channels_last)
     transformer = cast(nn.Module, torch.compile(painter.transformer) if compiled else painter.transformer)
     average = AveragedModel(painter, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    matrices = [p for p in painter.parameters() if p.ndim >= 2]
-    others = [p for p in painter.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), fused=True)
+    optimiser = Optimisers(painter)
     lengths = [max(1, round(phase.steps * scale)) for phase in PHASES]
     steps = sum(lengths)
     start = run.resume("flow", painter, optimiser, average=average)

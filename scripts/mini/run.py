@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -38,6 +38,21 @@ def bf16_is_fast(device: torch.device) -> bool:
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
+class Optimiser(Protocol):
+    """What a run needs of one: of PyTorch's own, or of several as one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def step(self) -> Any: ...
+
+
 @dataclass
 class Run:
     """One training run: its seed, its device and the folder that holds its checkpoints and its record."""
@@ -54,7 +69,7 @@ class Run:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def resume(self, stage: str, model: torch.nn.Module, optimiser: torch.optim.Optimizer, **more: Any) -> int:
+    def resume(self, stage: str, model: torch.nn.Module, optimiser: Optimiser, **more: Any) -> int:
         """Loads the stage's checkpoint into what is given; returns the number of steps already done."""
         path = self.work / f"{stage}.pt"
         if not path.exists():
@@ -67,7 +82,7 @@ class Run:
         return int(state["step"])
 
     def checkpoint(
-        self, stage: str, step: int, steps: int, model: torch.nn.Module, optimiser: torch.optim.Optimizer, **more: Any
+        self, stage: str, step: int, steps: int, model: torch.nn.Module, optimiser: Optimiser, **more: Any
     ) -> None:
         """Saves every `CHECKPOINT_EVERY` steps and at the end; a kill during the save leaves the older one."""
         if step % CHECKPOINT_EVERY and step != steps:
@@ -87,7 +102,7 @@ class Run:
 
         return share
 
-    def step(self, optimiser: torch.optim.Optimizer, loss: torch.Tensor, model: torch.nn.Module, share: float) -> None:
+    def step(self, optimiser: Optimiser, loss: torch.Tensor, model: torch.nn.Module, share: float) -> None:
         """One optimiser step at `share` of the peak rate, gradients clipped to norm 1."""
         for group in optimiser.param_groups:
             group["lr"] = share * group.setdefault("peak", group["lr"])
