@@ -36,6 +36,7 @@ from mini.evaluate import Question, paint, questions  # noqa: E402
 from mini.judge import judge  # noqa: E402
 
 from flux_local import weights  # noqa: E402
+from flux_local.errors import StartError  # noqa: E402
 from flux_local.model.loader import Pipeline, load  # noqa: E402
 
 Pixels = NDArray[np.float64]
@@ -48,11 +49,13 @@ class Mode:
     name: str
     go_fast: bool = False
     acceleration: str = "none"
+    fp8_attention: bool = False
 
 
 MODES = (
-    Mode("plain"), Mode("other batch"), Mode("fp8", True), Mode("regular", False, "regular"),
-    Mode("high", False, "high"), Mode("fp8, regular", True, "regular"), Mode("fp8, high", True, "high"),
+    Mode("plain"), Mode("other batch"), Mode("fp8", True), Mode("fp8, attention too", True, fp8_attention=True),
+    Mode("regular", False, "regular"), Mode("high", False, "high"), Mode("fp8, regular", True, "regular"),
+    Mode("fp8, high", True, "high"),
 )  # fmt: skip
 
 
@@ -128,8 +131,10 @@ def velocity_error(pipeline: Pipeline, steps: int, seeds: int = 8) -> dict[str, 
     return {"mean": statistics.mean(by_step), "worst_step": max(by_step)}
 
 
-def measure(pipeline: Pipeline, model: Any, steps: int, count: int) -> tuple[dict[str, Any], list[list[Image.Image]]]:
-    """Figures by mode, and the first pictures of each."""
+def measure(
+    pipelines: dict[bool, Pipeline], model: Any, steps: int, count: int
+) -> tuple[dict[str, Any], list[list[Image.Image]]]:
+    """Figures by mode, and the first pictures of each. `pipelines`: without and with attention in fp8."""
     asked = questions(count, False, SIDE, SIDE, seed=3)
     prompts = [q.prompt for q in asked]
     plain: list[Image.Image] = []
@@ -138,6 +143,9 @@ def measure(pipeline: Pipeline, model: Any, steps: int, count: int) -> tuple[dic
     shown = []
     with Progress() as bar:
         for mode in MODES:
+            if mode.fp8_attention not in pipelines:
+                continue
+            pipeline = pipelines[mode.fp8_attention]
             task = bar.add_task(mode.name, total=count)
             computed = () if mode.acceleration == "none" else model.masks(mode.acceleration, steps)
             began = time.perf_counter()
@@ -196,7 +204,12 @@ def main() -> None:
     model = weights.info(folder)
     steps = options.steps or model.default_steps
     pipeline = load(folder, options.device)
-    modes, shown = measure(pipeline, model, steps, options.count)
+    pipelines = {False: pipeline}
+    try:
+        pipelines[True] = load(folder, options.device, fp8_attention=True)
+    except StartError as error:
+        print(f"The row of fp8 attention is left out: {error}", file=sys.stderr)
+    modes, shown = measure(pipelines, model, steps, options.count)
     document = {
         "model": model.name, "steps": steps, "prompts": options.count, "precisions": pipeline.precisions,
         "velocity_error_fp8": velocity_error(pipeline, steps), "modes": modes,

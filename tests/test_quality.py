@@ -52,5 +52,7 @@ def test_it_runs(tmp_path: Path) -> None:
     assert list(modes) == [mode.name for mode in MODES]
     assert modes["plain"]["psnr"] == modes["other batch"]["psnr"] == 100
     assert 20 < modes["fp8"]["psnr"] < 100
+    assert 20 < modes["fp8, attention too"]["psnr"] < 100
+    assert modes["fp8, attention too"]["psnr"] != modes["fp8"]["psnr"]
     assert modes["high"]["computed"] < modes["regular"]["computed"] < 12
     assert 0 < printed["velocity_error_fp8"]["mean"] <= printed["velocity_error_fp8"]["worst_step"] < 0.2
