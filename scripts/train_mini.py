@@ -20,10 +20,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-# One side alone is learnt: a square is drawn at 128², and other shapes on what is next to that.
-CANVAS = {"min_area": 128 * 128, "max_area": 160 * 128}
+CANVAS = {"min_area": 128 * 128, "max_area": 192 * 192}
 DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 4.5}
-VAE_STEPS = 3000
+VAE_STEPS = 2000
+CANVASES = ["128x128", "176x96", "96x176", "192x192", "256x144", "144x256"]
+STEP_COUNTS = (4, 6, 8, 12, 16, 28)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,21 +37,26 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--eager", action="store_true", help="without torch.compile: slower, but starts at once")
     p.add_argument("--export", action="store_true", help="write the folder from the latest checkpoint and stop")
     p.add_argument("--evaluate", action="store_true", help="measure the folder and stop")
-    p.add_argument("--count", type=int, default=300, help="prompts to evaluate with (default 300)")
-    p.add_argument("--sides", type=int, nargs="+", default=[128], help="square canvases to evaluate at")
+    p.add_argument("--count", type=int, default=500, help="prompts to evaluate with (default 500)")
+    p.add_argument("--canvases", nargs="+", default=CANVASES, metavar="WxH", help="canvases to evaluate at")
     p.add_argument("--steps", type=int, default=DEFAULTS["num_inference_steps"], help="denoising steps to evaluate at")
+    p.add_argument("--brief", action="store_true", help="evaluate without edits, guidance and numbers of steps")
     return p
 
 
 def train(options: argparse.Namespace) -> None:
-    """Both stages, then the folder. With --export, the averaged weights as they stand."""
+    """All stages, then the folder. With --export, the averaged weights as they stand."""
     import torch
-    from mini import flow, vae
+    from mini import flow, guidance, vae
     from mini.run import Run
 
     run = Run(options.work, options.seed, torch.device(options.device))
     autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)))
-    painter = flow.latest(run) if options.export else flow.train(run, autoencoder, options.scale, not options.eager)
+    if options.export:
+        painter = flow.latest(run)
+    else:
+        painter = flow.train(run, autoencoder, options.scale, not options.eager)
+        painter = guidance.train(run, painter, autoencoder, options.scale, not options.eager)
     export(options.out, autoencoder, painter)
     print(f"wrote {options.out}")
 
@@ -80,9 +86,9 @@ def export(out: Path, autoencoder: Any, painter: Any) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Prints the accuracy at each canvas; writes it, a sheet of samples and the model card beside the weights."""
+    """Prints what the model can do; writes it, a sheet of samples and the model card beside the weights."""
     import torch
-    from mini import card, vae
+    from mini import abilities, card, vae
     from mini.evaluate import evaluate as measure
     from mini.evaluate import sheet
     from rich.progress import Progress
@@ -90,21 +96,27 @@ def evaluate(options: argparse.Namespace) -> None:
     from flux_local.model.loader import load
 
     pipeline = load(options.out, options.device)
-    results = {}
-    for side in options.sides:
-        name = f"{side}x{side}"
+
+    def measured(canvas: str, steps: int, count: int) -> dict[str, float]:
+        width, height = (int(side) for side in canvas.split("x"))
         with Progress() as bar:
-            task = bar.add_task(name, total=options.count + options.count // 3)
-            results[name] = measure(
-                pipeline, side, side, options.steps, options.count, partial(bar.advance, task, advance=1)
-            )
-        print(f"{name}, {options.steps} steps: {results[name]}", flush=True)
-    record = {"prompts": options.count, "pair_prompts": options.count // 3, "steps": options.steps, **results}
+            task = bar.add_task(canvas, total=count // 2 * 2)
+            figures = measure(pipeline, width, height, steps, count, partial(bar.advance, task, advance=1))
+        print(f"{canvas}, {steps} steps: {figures}", flush=True)
+        return figures
+
+    record: dict[str, Any] = {"prompts": options.count, "steps": options.steps}
+    record["canvases"] = {canvas: measured(canvas, options.steps, options.count) for canvas in options.canvases}
+    if not options.brief:
+        record["by steps"] = {str(n): measured(options.canvases[0], n, options.count // 2) for n in STEP_COUNTS}
+        record["edits"] = abilities.edits(pipeline, 128, options.steps)
+        record["guidance"] = abilities.guidance(pipeline, 128, options.steps)
+        print(record["edits"], record["guidance"], sep="\n")
     (options.out / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
     sheet(pipeline, options.out / "samples.png", options.steps)
     parts = {"transformer": "transformer", "autoencoder": "vae", "T5": "text_encoder_2", "CLIP": "text_encoder"}
     counts = {name: parameters(options.out / folder) for name, folder in parts.items()}
-    quality = {side: vae.psnr(pipeline.vae.vae, torch.device(options.device), side) for side in options.sides}
+    quality = {side: vae.psnr(pipeline.vae.vae, torch.device(options.device), side) for side in (128, 192)}
     card.write(options.out, options.work / "log.jsonl", counts, quality, pipeline.text.max_length)
 
 

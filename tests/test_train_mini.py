@@ -30,6 +30,6 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     run("--scale", "0.001", "--eager")
     assert weights.read_bytes() == first, "a run that has ended must not train on"
     assert tokenizer.read_bytes() == vocabulary, "another process gives the words the same numbers"
-    output = run("--evaluate", "--count", "6", "--sides", "128", "--steps", "2")
+    output = run("--evaluate", "--brief", "--count", "6", "--canvases", "128x128", "--steps", "2")
     assert "128x128" in output
     assert (folder / "samples.png").stat().st_size > 1000

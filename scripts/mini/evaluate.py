@@ -92,10 +92,10 @@ def evaluate(
     count: int = 300,
     on_picture: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Percentages right: `count` prompts with one thing, a third as many with two."""
+    """Percentages right, half of the prompts with one thing and half with two."""
     verdicts: dict[bool, list[Verdict]] = {}
     for pair in (False, True):
-        asked = questions(count // 3 if pair else count, pair, width, height)
+        asked = questions(count // 2, pair, width, height)
         pictures = paint(pipeline, [q.prompt for q in asked], width, height, steps)
         verdicts[pair] = []
         for question, picture in zip(asked, pictures, strict=True):
@@ -107,7 +107,9 @@ def evaluate(
         "colour": share(one, "colour"),
         "shape": share(one, "shape"),
         "size": share(one, "size"),
+        "pair background": share(two, "background"),
         "pair colours": share(two, "colour"),
+        "pair shapes": share(two, "shape"),
         "pair relation": share(two, "relation"),
     }
 

@@ -24,7 +24,7 @@ from .drawings import draw, random_scene
 from .run import Run
 
 SIDES = ((64, 16), (64, 16), (64, 16), (96, 7), (128, 4))  # (side in pixels, pictures in a batch)
-NOISE = 0.35  # the most noise on a latent in training, in its standard deviations
+NOISE = 0.25  # the most noise on a latent in training
 
 # Powers of x and y in a block, each coordinate from −1 to 1, made orthogonal; one row of the latent for each.
 MOMENTS = ((0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2))
@@ -39,7 +39,7 @@ MEASURED = (
     *(0.74, 0.046, 0.041, 0.0087, 0.0088),
     *(0.43, 0.0245, 0.0232, 0.0048, 0.0046),
 )
-WANTED = (1.0, 0.9, 0.9, 0.6, 0.6, 0.6)
+WANTED = (1.0, 0.3, 0.3, 0.12, 0.12, 0.12)
 
 
 def new_autoencoder() -> AutoencoderKL:
