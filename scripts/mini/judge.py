@@ -74,32 +74,32 @@ def background_of(pixels: np.ndarray) -> int:
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
-    """Connected regions of at least 0.4% of the picture, the largest first."""
-    labels = np.zeros(mask.shape, dtype=np.int32)
-    found: list[np.ndarray] = []
-    for start in zip(*np.nonzero(mask), strict=True):
-        if labels[start]:
-            continue
-        label = len(found) + 1
-        stack, members = [start], list[tuple[int, int]]()
-        labels[start] = label
-        while stack:
-            y, x = stack.pop()
-            members.append((y, x))
-            for ny, nx in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                inside = 0 <= ny < mask.shape[0] and 0 <= nx < mask.shape[1]
-                if inside and mask[ny, nx] and not labels[ny, nx]:
-                    labels[ny, nx] = label
-                    stack.append((ny, nx))
-        found.append(np.array(members))
-    regions = []
-    for place in sorted(found, key=len, reverse=True):
-        if len(place) < 0.004 * mask.size:
-            break
-        region = np.zeros_like(mask)
-        region[place[:, 0], place[:, 1]] = True
-        regions.append(region)
-    return regions
+    """Connected regions of at least 0.4% of the picture, the largest first: runs of rows, joined where they touch."""
+    parent: list[int] = []
+    runs: list[tuple[int, int, int]] = []  # row, first column, column after the last; the run's label is its index
+
+    def root(label: int) -> int:
+        while parent[label] != label:
+            label = parent[label]
+        return label
+
+    above = range(0)
+    for y, row in enumerate(mask):
+        turns = np.flatnonzero(np.diff(row.astype(np.int8), prepend=0, append=0)).tolist()
+        here = range(len(runs), len(runs) + len(turns) // 2)
+        for label, start, end in zip(here, turns[::2], turns[1::2], strict=True):
+            parent.append(label)
+            runs.append((y, start, end))
+            for other in above:
+                if runs[other][1] < end and start < runs[other][2]:
+                    a, b = sorted((root(label), root(other)))
+                    parent[b] = a
+        above = here
+    regions: dict[int, np.ndarray] = {}
+    for label, (y, start, end) in enumerate(runs):
+        regions.setdefault(root(label), np.zeros_like(mask))[y, start:end] = True
+    large = [region for region in regions.values() if region.sum() >= 0.004 * mask.size]
+    return sorted(large, key=np.sum, reverse=True)
 
 
 def look(picture: Image.Image) -> tuple[str, list[Seen]]:
