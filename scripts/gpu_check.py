@@ -34,26 +34,33 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import torch  # noqa: E402
 from proof import ceilings  # noqa: E402
 from proof.scale import REAL, SMALL, Scale  # noqa: E402
-from proof.timing import TIMED, milliseconds  # noqa: E402
+from proof.timing import TIMED, WARM_UPS, milliseconds  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from flux_local.model.denoiser import Denoiser, Picture  # noqa: E402
 from flux_local.model.fp8 import in_fp8  # noqa: E402
+from flux_local.model.graphs import Graphs  # noqa: E402
 from flux_local.model.latents import initial_noise  # noqa: E402
 from flux_local.model.layers import Layers  # noqa: E402
 from flux_local.model.ops import Layout, Ops  # noqa: E402
 from flux_local.model.reference import ReferenceTransformer  # noqa: E402
 from flux_local.model.schedule import FlowSchedule  # noqa: E402
-from flux_local.model.selfcheck import Sizes, accelerated, with_fp8_attention  # noqa: E402
+from flux_local.model.selfcheck import Finding, Sizes, accelerated, with_fp8_attention  # noqa: E402
 from flux_local.model.text import PromptEmbedding  # noqa: E402
 from flux_local.model.transformer import FluxTransformer, Geometry  # noqa: E402
 from flux_local.model.vae import Autoencoder  # noqa: E402
 from flux_local.steps import formula  # noqa: E402
 
-FP8_STEP, FP8_BLOCK = 0.04, 0.05
-"""Largest relative errors of fp8 against our own precision: of a velocity, and of what one branch of a block adds."""
+FP8_STEP, FP8_BLOCK = 0.04, 0.08
+"""Largest relative errors of fp8 against our own precision: of a velocity, and of what one branch of a block adds.
+
+e4m3 rounds by up to 1/16; normal numbers through an MLP's two products of normal weights come out 5.1 to 5.5% off at
+any width, which is the format's own error and none of ours.
+"""
 BF16_ERROR = 1.1
 """Our distance from fp32 truth, at most so many times that of diffusers in bf16."""
+STEPS_TIMED = 3
+"""Steps between two events: one alone would count the host's launches too, which a server hides behind the card."""
 
 
 @dataclass
@@ -75,6 +82,14 @@ class Report:
         self.checks.append({"name": name, "good": good, **figures})
         say(f"  {'good' if good else 'BAD '}  {name}  {figures}")
 
+    def write(self, path: Path | None) -> None:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def found(self, name: str, finding: Finding) -> None:
+        self.check(name, finding.good, error=finding.error, reason=finding.reason)
+
 
 def say(text: str) -> None:
     print(text, flush=True)
@@ -83,26 +98,33 @@ def say(text: str) -> None:
 class Bench:
     """A device, a scale, and the stages of the proof."""
 
-    def __init__(self, device: str, scale: Scale) -> None:
-        self.device, self.scale, self.report = device, scale, Report()
+    def __init__(self, device: str, scale: Scale, out: Path | None = None) -> None:
+        self.device, self.scale, self.report, self.out = device, scale, Report(), out
         self.cuda = device.startswith("cuda")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.ops = Ops()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A part whose failure is recorded and costs the others nothing."""
+        """A part whose failure is recorded and costs the others nothing; what is known by then is written."""
         say(f"\n{name}")
         began = time.perf_counter()
-        try:
+        with self.attempt(name):
             yield
-        except Exception as error:  # the boundary of a stage
-            traceback.print_exc()
-            self.report.failures.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+            self.report.memory["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.report.write(self.out)
         say(f"  [{time.perf_counter() - began:.1f} s]")
+
+    @contextlib.contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the boundary of what is measured
+            traceback.print_exc()
+            self.report.failures.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
 
     def milliseconds(self, work: Callable[[], Any]) -> float:
         return milliseconds(work, self.device)
@@ -150,8 +172,9 @@ class Bench:
                           self.scale.vae["block_out_channels"][0], self.scale.vae["norm_num_groups"], 64)  # fmt: skip
             ops, findings = accelerated(sizes, self.device, self.dtype)
             for finding in findings:
-                self.report.check(f"kernel {finding.name}, batch {batch}", finding.good, **asdict(finding))
+                self.report.found(f"kernel {finding.name}, batch {batch}", finding)
             if batch == 1:
+                self.ops = ops
                 self.ops = self.fp8_attention(ops, sizes)
 
     def fp8_attention(self, ops: Ops, sizes: Sizes) -> Ops:
@@ -161,20 +184,26 @@ class Bench:
             if finding.reason.startswith("not installed"):
                 say(f"  {finding.name}: {finding.reason}")
             else:
-                self.report.check(f"kernel {finding.name}", finding.good, **asdict(finding))
+                self.report.found(f"kernel {finding.name}", finding)
         return ops
 
     def build(self) -> None:
-        """diffusers' module with random weights, and ours on the same."""
+        """diffusers' module with random weights, what it says in fp32, and ours on the same weights."""
         from diffusers import FluxTransformer2DModel
 
         self.module = self.filled(lambda: FluxTransformer2DModel(**self.scale.transformer))
+        # Before ours is made: 12 billion parameters in fp32 leave no room beside it on a card of 80 GB, and only
+        # a module that is not converted any more shares its memory with ours.
+        side = self.scale.sides[-1]
+        exact = ReferenceTransformer(self.module.to(torch.float32))
+        self.truth = Denoiser(exact).velocity(self.pictures(exact, side, 1, 4)).double()
+        self.module.to(self.dtype)
         began = time.perf_counter()
         weights = self.module.state_dict()
         self.ours = FluxTransformer(Geometry.of(self.module.config), Layers(weights.__getitem__), self.ops)
         self.fast = in_fp8(self.ours)
         emulated = self.cuda and self.ops.attention_quantised_by == Ops().attention_quantised_by
-        self.fastest = None if emulated else in_fp8(self.ours, attention=True)
+        self.fastest = None if emulated else self.fast.with_fp8_attention()
         self.theirs = ReferenceTransformer(self.module)
         self.report.timings["fuse_weights_s"] = time.perf_counter() - began
         say(f"  {sum(p.numel() for p in self.module.parameters()) / 1e9:.2f} billion parameters")
@@ -218,10 +247,7 @@ class Bench:
         drawn = {}
         for name, transformer in (("diffusers", self.theirs), ("ours", self.ours)):
             drawn[name] = Denoiser(transformer).velocity(self.pictures(transformer, side, 1, 4)).double()
-        exact = self.module.to(torch.float32)
-        truth = Denoiser(ReferenceTransformer(exact)).velocity(self.pictures(ReferenceTransformer(exact), side, 1, 4))
-        self.module.to(self.dtype)
-        errors = {name: float((v - truth.double()).norm() / truth.double().norm()) for name, v in drawn.items()}
+        errors = {name: float((v - self.truth).norm() / self.truth.norm()) for name, v in drawn.items()}
         limit = max(BF16_ERROR * errors["diffusers"], 1e-5)
         self.report.check(f"velocity at {side}² against fp32", 0 <= errors["ours"] <= limit, **errors, limit=limit)
         rounded = Denoiser(self.fast).velocity(self.pictures(self.fast, side, 1, 4)).double()
@@ -230,8 +256,7 @@ class Bench:
             f"velocity at {side}² in fp8 against ours", 0 < error <= FP8_STEP, error=error, limit=FP8_STEP
         )
         worst = max(self.contributions(side))
-        limit = FP8_BLOCK if self.scale is REAL else 2 * FP8_BLOCK  # short rows average less
-        self.report.check("each block's contribution in fp8", 0 < worst <= limit, worst=worst, limit=limit)
+        self.report.check("each block's contribution in fp8", 0 < worst <= FP8_BLOCK, worst=worst, limit=FP8_BLOCK)
         if self.fastest is not None:
             found = Denoiser(self.fastest).velocity(self.pictures(self.fastest, side, 1, 4)).double()
             error = float((found - drawn["ours"]).norm() / drawn["ours"].norm())
@@ -256,35 +281,48 @@ class Bench:
                 yield float((fast(given, rotary, layout).double() - expected).norm() / expected.norm())
 
     def step_ms(self, transformer: Any, side: int, batch: int) -> float:
+        """A step among steps, as a server has them: in a row, with the host running ahead."""
         denoiser = Denoiser(transformer)
-        pictures = self.pictures(transformer, side, batch, TIMED + 4)
-        return self.milliseconds(lambda: denoiser.advance(pictures))
+        pictures = self.pictures(transformer, side, batch, STEPS_TIMED * (TIMED + WARM_UPS))
+
+        def several() -> None:
+            for _ in range(STEPS_TIMED):
+                denoiser.advance(pictures)
+
+        return milliseconds(several, self.device, least_ms=0) / STEPS_TIMED
 
     def steps(self) -> None:
-        """One step: diffusers as it comes, diffusers compiled, ours without graphs and with them."""
-        table: dict[str, dict[str, float]] = {}
-        self.report.timings["step_ms"] = table
+        """One step: ours with graphs and without, then diffusers as it comes. A row that fails costs no other."""
+        table = self.report.timings["step_ms"] = {}
         for side in self.scale.sides:
-            table[f"diffusers eager {side}"] = {"1": self.step_ms(self.theirs, side, 1)}
-            run, self.ours.run = self.ours.run, self.ours.forward
-            table[f"ours without graph {side}"] = {"1": self.step_ms(self.ours, side, 1)}
-            self.ours.run = run
-            table[f"ours {side}"] = {
-                str(batch): self.step_ms(self.ours, side, batch)
-                for batch in self.scale.batches
-                if batch * side * side <= 2 * self.scale.sides[0] ** 2
-            }
-            table[f"ours fp8 {side}"] = {"1": self.step_ms(self.fast, side, 1)}
-            if self.fastest is not None:
-                table[f"ours fp8, attention too {side}"] = {"1": self.step_ms(self.fastest, side, 1)}
-            for name in [name for name in table if name.endswith(f" {side}")]:
-                say(f"  {name:30} " + "  ".join(f"batch {b}: {ms:.2f} ms" for b, ms in table[name].items()))
-        if self.cuda:
-            self.compiled(table)
+            rows: dict[str, tuple[Any, tuple[int, ...]]] = {
+                f"ours {side}": (
+                    self.ours, tuple(b for b in self.scale.batches if b * side * side <= 2 * self.scale.sides[0] ** 2)
+                ),
+                f"ours fp8 {side}": (self.fast, (1,)),
+                f"ours fp8, attention too {side}": (self.fastest, (1,)),
+                f"ours without graph {side}": (self.ours.without_graphs(), (1,)),
+                f"diffusers eager {side}": (self.theirs, (1,)),
+            }  # fmt: skip
+            for name, (transformer, batches) in rows.items():
+                for batch in batches if transformer is not None else ():
+                    with self.attempt(f"step, {name}, batch {batch}"):
+                        ms = table.setdefault(name, {})[str(batch)] = self.step_ms(transformer, side, batch)
+                        say(f"  {name:34} batch {batch}: {ms:.2f} ms")
+        for name, transformer in (("own precision", self.ours), ("fp8", self.fast), ("fp8 attention", self.fastest)):
+            graphs = getattr(transformer, "run", None)
+            if isinstance(graphs, Graphs):
+                self.report.check(
+                    f"CUDA graphs, {name}", bool(graphs.captured) and not graphs.refused,
+                    captured=len(graphs.captured), refused=[[list(shape) for shape in s] for s in graphs.refused],
+                )  # fmt: skip
 
-    def compiled(self, table: dict[str, dict[str, float]]) -> None:
+    def compiled(self) -> None:
         """diffusers' own recipe: cuDNN's attention and its repeated blocks compiled."""
-        side = self.scale.sides[0]
+        if not self.cuda:
+            say("  only on a GPU")
+            return
+        table, side = self.report.timings["step_ms"], self.scale.sides[0]
         self.module.set_attention_backend("_native_cudnn")
         self.module.compile_repeated_blocks(fullgraph=True)
         table[f"diffusers compiled {side}"] = {"1": self.step_ms(self.theirs, side, 1)}
@@ -362,14 +400,12 @@ class Bench:
         stages = {
             "Environment": self.environment, "The card's ceilings": self.ceilings, "Floor": self.floor,
             "Kernels": self.kernels, "Building FLUX.1 with random weights": self.build,
-            "Correctness": self.correctness, "Around the steps": self.around, "Profile of one step": self.profile,
-            "Steps": self.steps,
+            "Correctness": self.correctness, "Steps": self.steps, "Around the steps": self.around,
+            "Profile of one step": self.profile, "diffusers compiled": self.compiled,
         }  # fmt: skip
         for name, work in stages.items():
             with self.stage(name):
                 work()
-        if self.cuda:
-            self.report.memory["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return self.report
 
 
@@ -405,15 +441,11 @@ def main() -> int:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("gpu_check: torch sees no GPU. Try --device cpu --small to see what this does.", file=sys.stderr)
         return 2
-    report = Bench(options.device, SMALL if options.small else REAL).run()
+    report = Bench(options.device, SMALL if options.small else REAL, options.out).run()
     failed = report.failures + [check["name"] for check in report.checks if not check["good"]]
     table(report)
     say(f"\n{len(report.checks)} checks, {len(failed)} failed{': ' + '; '.join(failed) if failed else ''}")
-    document = json.dumps(asdict(report))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(asdict(report), indent=2) + "\n")
-    print(document)
+    print(json.dumps(asdict(report)))
     return 1 if failed else 0
 
 

@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "weights" / "flux-krea-mini", help="the model folder")
     p.add_argument("--work", type=Path, default=ROOT / ".train", help="checkpoints and the log (default .train)")
+    p.add_argument(
+        "--world", choices=("first", "whole"), default="first", help="what it learns to draw (default first)"
+    )
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--scale", type=float, default=1.0, help="share of the recipe's steps (default 1)")
@@ -48,9 +51,10 @@ def train(options: argparse.Namespace) -> None:
     """All stages, then the folder. With --export, the averaged weights as they stand."""
     import torch
     from mini import flow, guidance, vae
+    from mini.drawings import WORLDS
     from mini.run import Run
 
-    run = Run(options.work, options.seed, torch.device(options.device))
+    run = Run(options.work, options.seed, torch.device(options.device), WORLDS[options.world])
     autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)))
     if options.export:
         painter = flow.latest(run)
@@ -89,6 +93,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Prints what the model can do; writes it, a sheet of samples and the model card beside the weights."""
     import torch
     from mini import abilities, card, vae
+    from mini.drawings import WORLDS
     from mini.evaluate import evaluate as measure
     from mini.evaluate import sheet
     from rich.progress import Progress
@@ -96,24 +101,25 @@ def evaluate(options: argparse.Namespace) -> None:
     from flux_local.model.loader import load
 
     pipeline = load(options.out, options.device)
+    world = WORLDS[options.world]
 
     def measured(canvas: str, steps: int, count: int) -> dict[str, float]:
         width, height = (int(side) for side in canvas.split("x"))
         with Progress() as bar:
-            task = bar.add_task(canvas, total=count // 2 * 2)
-            figures = measure(pipeline, width, height, steps, count, partial(bar.advance, task, advance=1))
+            task = bar.add_task(canvas, total=count)
+            figures = measure(pipeline, width, height, steps, count, partial(bar.advance, task, advance=1), world)
         print(f"{canvas}, {steps} steps: {figures}", flush=True)
         return figures
 
-    record: dict[str, Any] = {"prompts": options.count, "steps": options.steps}
+    record: dict[str, Any] = {"world": world.name, "prompts": options.count, "steps": options.steps}
     record["canvases"] = {canvas: measured(canvas, options.steps, options.count) for canvas in options.canvases}
     if not options.brief:
         record["by steps"] = {str(n): measured(options.canvases[0], n, options.count // 2) for n in STEP_COUNTS}
-        record["edits"] = abilities.edits(pipeline, 128, options.steps)
-        record["guidance"] = abilities.guidance(pipeline, 128, options.steps)
+        record["edits"] = abilities.edits(pipeline, 128, options.steps, world)
+        record["guidance"] = abilities.guidance(pipeline, 128, options.steps, world)
         print(record["edits"], record["guidance"], sep="\n")
     (options.out / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
-    sheet(pipeline, options.out / "samples.png", options.steps)
+    sheet(pipeline, options.out / "samples.png", options.steps, world=world)
     parts = {"transformer": "transformer", "autoencoder": "vae", "T5": "text_encoder_2", "CLIP": "text_encoder"}
     counts = {name: parameters(options.out / folder) for name, folder in parts.items()}
     quality = {side: vae.psnr(pipeline.vae.vae, torch.device(options.device), side) for side in (128, 192)}

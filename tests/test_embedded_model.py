@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from mini.drawings import draw, held_out, random_scene
+from mini.drawings import WORLDS, World, draw, held_out, random_scene
 from mini.evaluate import paint, questions, share
 from mini.judge import judge
 
@@ -20,20 +20,20 @@ def test_it_fits_into_the_repository() -> None:
     assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) < 16_000_000
 
 
-@pytest.mark.parametrize("side", [128, 192])
-def test_the_judge_is_right_about_drawings(side: int) -> None:
-    rng = random.Random(side)
-    for _ in range(60):
-        scene = random_scene(rng, side, side)
-        verdict = judge(draw(scene, side, side), scene)
-        assert False not in (verdict.background, verdict.colour, verdict.shape, verdict.size, verdict.relation), scene
+@pytest.mark.parametrize("world", WORLDS.values(), ids=list(WORLDS))
+@pytest.mark.parametrize(("width", "height"), [(128, 128), (192, 192), (176, 96), (144, 256)])
+def test_the_judge_is_right_about_drawings(width: int, height: int, world: World) -> None:
+    rng = random.Random(width)
+    for _ in range(100):
+        scene = random_scene(rng, width, height, world=world)
+        assert judge(draw(scene, width, height), scene, world=world).perfect, scene
 
 
 def test_the_judge_sees_what_is_wrong() -> None:
     rng = random.Random(3)
     wrong = 0
     for _ in range(60):
-        scene, other = random_scene(rng, 128, 128, pair=False), random_scene(rng, 128, 128, pair=False)
+        scene, other = random_scene(rng, 128, 128, things=1), random_scene(rng, 128, 128, things=1)
         verdict = judge(draw(other, 128, 128), scene)
         same = (scene.background == other.background, scene.things[0].colour == other.things[0].colour,
                 scene.things[0].shape == other.things[0].shape)  # fmt: skip
@@ -48,12 +48,12 @@ def test_training_never_draws_what_is_held_out() -> None:
         scene = random_scene(rng, 128, 128)
         assert not any(held_out(t.colour, t.shape, scene.background) for t in scene.things)
     assert all(held_out(q.scene.things[0].colour, q.scene.things[0].shape, q.scene.background)
-               for q in questions(100, False, 128, 128))  # fmt: skip
+               for q in questions(100, 1, 128, 128))  # fmt: skip
 
 
 def test_it_draws_what_prompts_say(pipeline: Any, mini: ModelInfo) -> None:
     """Bounds a little under the model card's, for a sample this small."""
-    asked = questions(SAMPLE, False, 128, 128)
+    asked = questions(SAMPLE, 1, 128, 128)
     pictures = paint(pipeline, [q.prompt for q in asked], 128, 128, mini.default_steps)
     verdicts = [judge(p, q.scene, q.mentions_size) for p, q in zip(pictures, asked, strict=True)]
     right = {part: share(verdicts, part) for part in ("background", "colour", "size", "shape")}

@@ -53,13 +53,13 @@ class Fp8Linear(Linear):
     def __call__(self, x: Activation) -> Tensor:
         values, scale = x if isinstance(x, Rows) else self.quantise(x)
         return torch._scaled_mm(
-            values, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=self.bias.dtype, use_fast_accum=False
+            values, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=self.bias.dtype, use_fast_accum=True
         )
 
     def into(self, out: Tensor, x: Activation) -> None:
         values, scale = x if isinstance(x, Rows) else self.quantise(x)
         torch._scaled_mm(
-            values, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=out.dtype, use_fast_accum=False,
+            values, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=out.dtype, use_fast_accum=True,
             out=out,
         )  # fmt: skip
 

@@ -44,6 +44,7 @@ class Graphs:
         self.function = function
         self.limit = limit
         self.pool = torch.cuda.graph_pool_handle()
+        self.aside = torch.cuda.Stream()  # one for all: each stream has workspaces of its own
         self.captured: OrderedDict[Shapes, Captured] = OrderedDict()
         self.refused: set[Shapes] = set()
 
@@ -74,7 +75,7 @@ class Graphs:
             RuntimeError: something in it cannot be recorded, or a replay does not give what a call gives.
         """
         static = tuple(tensor.clone() for tensor in inputs)
-        aside = torch.cuda.Stream()
+        aside = self.aside
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):

@@ -44,6 +44,10 @@ def _rounded(value, largest):
     return tl.where(tl.abs(value) < 0.015625, near_zero, elsewhere)
 
 
+# Where a block's vectors lie in the table: without this, one compilation for each pattern of ones and sixteens.
+SITES = ["text_shift", "text_scale", "text_gate", "image_shift", "image_scale", "image_gate"]
+
+
 @triton.jit
 def _to_fp8(row, largest, tiny):
     """A row's scale, and its numbers over that, rounded to e4m3 but still fp32."""
@@ -51,7 +55,7 @@ def _to_fp8(row, largest, tiny):
     return scale, _rounded(row / scale, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SITES)
 def _add_norm(
     x, branch, modulation, out, scales, width, picture_stride, text_rows, text, image,
     text_shift, text_scale, text_gate, image_shift, image_scale, image_gate,

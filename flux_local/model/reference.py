@@ -46,7 +46,10 @@ class ReferenceTransformer:
         # Rounded to the model's precision before the division, as diffusers' FluxPipeline does.
         times = (torch.tensor(sigmas, dtype=torch.float32) * TIMESTEPS).to(self.device, self.dtype) / TIMESTEPS
         return ReferenceCondition(
-            prompt.states, prompt.pooled, times, torch.tensor([guidance], dtype=torch.float32, device=self.device)
+            prompt.states.to(self.device, self.dtype),
+            prompt.pooled.to(self.device, self.dtype),
+            times,
+            torch.tensor([guidance], dtype=torch.float32, device=self.device),
         )
 
     @torch.inference_mode()

@@ -110,6 +110,10 @@ def with_fp8_attention(ops: Ops, sizes: Sizes, device: str, dtype: torch.dtype) 
         except ImportError as error:
             findings.append(Finding(f"fp8 attention {name}", False, None, f"not installed ({error})"))
             continue
+        except Exception as error:  # whatever a library does that finds its own parts missing
+            reason = f"{type(error).__name__}: {error}"[:200]
+            findings.append(Finding(f"fp8 attention {name}", False, None, reason))
+            continue
         finding = replace(check("attention_quantised", attention, sizes, device, dtype), name=f"fp8 attention {name}")
         findings.append(finding)
         if finding.good:

@@ -15,18 +15,13 @@ from PIL import Image
 
 from flux_local.model.loader import Pipeline
 
-from .drawings import COLOURS, RADII, SHAPES, Scene, Thing, draw
-from .evaluate import BATCH, Question, paint, questions
-from .judge import Seen, Verdict, judge, look
+from .drawings import RADII, Scene, Thing, World, draw
+from .evaluate import BATCH, Question, kinds, paint, questions
+from .judge import Seen, judge, look
 
 STRENGTHS = (0.3, 0.6, 0.9)
 GUIDANCE = (1.0, 4.5)
 HARD, SEEDS, MANY_SEEDS = 50, 8, 16
-
-
-def perfect(verdict: Verdict) -> bool:
-    """Everything that was asked for is right."""
-    return False not in (verdict.background, verdict.colour, verdict.shape, verdict.size, verdict.relation)
 
 
 def percent(right: list[bool]) -> float:
@@ -44,7 +39,7 @@ def edit(
     """Each picture drawn over by its prompt; picture i has seed i."""
     width, height = pictures[0].size
     skip = steps - math.ceil(steps * strength)
-    edited = []
+    edited: list[Image.Image] = []
     for at in range(0, len(pictures), BATCH):
         batch = [
             pipeline.begin(
@@ -77,38 +72,40 @@ def layout_kept(before: Image.Image, after: Image.Image) -> float:
     return float((masks[0] & masks[1]).sum() / max(1, (masks[0] | masks[1]).sum()))
 
 
-def edits(pipeline: Pipeline, side: int, steps: int, count: int = 96) -> dict[str, float]:
+def edits(pipeline: Pipeline, side: int, steps: int, world: World, count: int = 96) -> dict[str, float]:
     """Percentages. For each strength, of drawings edited by another drawing's prompt: how much of the layout is kept,
     and how often the prompt is all there. For inpainting: how often the object asked for stands in the mask.
     """
     rng = random.Random("edits")
-    asked = questions(count, False, side, side, seed=3)
-    before = [draw(Scene(question.scene.background, (another(rng, question),)), side, side) for question in asked]
+    asked = questions(count, 1, side, side, seed=3, world=world)
+    before = [
+        draw(Scene(question.scene.background, (another(rng, question, world),)), side, side) for question in asked
+    ]
     figures = {}
     for strength in STRENGTHS:
         after = edit(pipeline, before, [q.prompt for q in asked], steps, strength)
         kept = [layout_kept(a, b) for a, b in zip(before, after, strict=True)]
         figures[f"strength {strength:g}: layout kept"] = round(100 * sum(kept) / count, 1)
-        there = [perfect(judge(p, q.scene, q.mentions_size)) for p, q in zip(after, asked, strict=True)]
+        there = [judge(p, q.scene, q.mentions_size, world).perfect for p, q in zip(after, asked, strict=True)]
         figures[f"strength {strength:g}: prompt there"] = percent(there)
-    figures["inpainting: object in the mask"] = percent(inpainted(pipeline, side, steps, count))
+    figures["inpainting: object in the mask"] = percent(inpainted(pipeline, side, steps, world, count))
     return figures
 
 
-def another(rng: random.Random, question: Question) -> Thing:
-    """A thing of other colour, shape and size than the question's, off the middle."""
+def another(rng: random.Random, question: Question, world: World) -> Thing:
+    """A thing of other colour, shape and size than the question's."""
     scene = question.scene
     thing = scene.things[0]
-    colour = rng.choice([c for c in COLOURS if c not in (scene.background, thing.colour)])
-    shape = rng.choice([s for s in SHAPES if s != thing.shape])
-    size = "small" if thing.size == "large" else "large"
+    colour = rng.choice([c for c in world.colours if c not in (scene.background, thing.colour)])
+    shape = rng.choice([s for s in world.shapes if s != thing.shape])
+    size = rng.choice([s for s in world.sizes if s != thing.size])
     radius = rng.uniform(*RADII["single"][size])
     return Thing(colour, shape, size, (0.5, 0.5), radius)
 
 
-def inpainted(pipeline: Pipeline, side: int, steps: int, count: int) -> list[bool]:
+def inpainted(pipeline: Pipeline, side: int, steps: int, world: World, count: int) -> list[bool]:
     """Into a drawing of one thing of two, the other is to be put: its half is the mask, both are in the prompt."""
-    asked = questions(count, True, side, side, seed=4)
+    asked = questions(count, 2, side, side, seed=4, world=world)
     before, masks = [], []
     for question in asked:
         first, second = question.scene.things
@@ -122,7 +119,7 @@ def inpainted(pipeline: Pipeline, side: int, steps: int, count: int) -> list[boo
     right = []
     for question, picture in zip(asked, after, strict=True):
         first = question.scene.things[0]
-        right.append(any(is_it(seen, first, side) for seen in look(picture)[1]))
+        right.append(any(is_it(seen, first, side) for seen in look(picture, world)[1]))
     return right
 
 
@@ -131,19 +128,19 @@ def is_it(seen: Seen, thing: Thing, side: int) -> bool:
     return seen.colour == thing.colour and seen.shape == thing.shape and away < 0.15 * side
 
 
-def guidance(pipeline: Pipeline, side: int, steps: int, among: int = 300) -> dict[str, float]:
+def guidance(pipeline: Pipeline, side: int, steps: int, world: World, among: int = 300) -> dict[str, float]:
     """What the value changes. Adherence: percent of pictures with everything right, of the HARD prompts that failed
     most often at the lower value, over SEEDS seeds that had no part in choosing them. Variety: the mean difference of
     a pixel, of 255, between pictures of one prompt over MANY_SEEDS seeds, at both values.
     """
-    asked = questions(among // 2, False, side, side, seed=5) + questions(among - among // 2, True, side, side, seed=5)
+    asked = [q for chosen in kinds(among, side, side, world, seed=5).values() for q in chosen]
 
     def scores(chosen: list[Question], value: float, seeds: range) -> list[float]:
         totals = [0] * len(chosen)
         for seed in seeds:
             pictures = paint(pipeline, [q.prompt for q in chosen], side, side, steps, value, seed * 100_000)
             for i, picture in enumerate(pictures):
-                totals[i] += perfect(judge(picture, chosen[i].scene, chosen[i].mentions_size))
+                totals[i] += judge(picture, chosen[i].scene, chosen[i].mentions_size, world).perfect
         return [total / len(seeds) for total in totals]
 
     easy = scores(asked, GUIDANCE[0], range(2))

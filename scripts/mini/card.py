@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .drawings import COLOURS, RELATIONS, SHAPES, SIZES
+from .drawings import RELATIONS, ROWS, WORLDS
 
 TEXT = """# flux-krea-mini
 
@@ -19,13 +19,14 @@ instead of photographs. It is no distillation of FLUX.1 and knows nothing of its
 
 ## What it draws
 
-One object on a background, or two in relation.
+{most} on a background.
 
 | | |
 | --- | --- |
 | colours | {colours} |
 | shapes | {shapes} |
 | sizes | {sizes} |
+| backgrounds | {backgrounds} |
 | relations | {relations} |
 
 Sentences like "a large red star on a blue background", "small white heart, black background", "A yellow circle to the
@@ -51,7 +52,8 @@ The autoencoder gives drawings back at {psnr}.
 
 ## How it was trained
 
-By `scripts/train_mini.py` with seed 0, from drawings that the script makes itself, on two CPU cores (Zen 5, bf16):
+By `scripts/train_mini.py --world {world}` with seed 0, from drawings that the script makes itself, on two CPU cores
+(Zen 5, bf16):
 
 {stages}
 
@@ -62,15 +64,12 @@ to 1, where the prompt alone decides what is drawn. The committed weights are a 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """
 
-COLUMNS = (
-    "background", "colour", "shape", "size", "pair background", "pair colours", "pair shapes", "pair relation",
-)  # fmt: skip
-
 
 def table(first: str, rows: dict[str, dict[str, float]]) -> str:
-    """Markdown, a line for each entry."""
-    lines = [f"| {first} | {' | '.join(COLUMNS)} |", "| --- |" + " --- |" * len(COLUMNS)]
-    lines += [f"| {name} | {' | '.join(f'{figures[c]:g}' for c in COLUMNS)} |" for name, figures in rows.items()]
+    """Markdown: a line for each figure, a column for each entry."""
+    names = list(next(iter(rows.values())))
+    lines = [f"| {first} | {' | '.join(rows)} |", "| --- |" + " --- |" * len(rows)]
+    lines += [f"| {name} | {' | '.join(f'{figures[name]:g}' for figures in rows.values())} |" for name in names]
     return "\n".join(lines)
 
 
@@ -78,8 +77,8 @@ def measured(results: dict[str, Any]) -> str:
     """The evaluation as Markdown: canvases always, the rest where it was measured."""
     parts = [
         table("canvas", results["canvases"]),
-        f"{results['prompts']} prompts a canvas, half of them with two objects ('pair'), {results['steps']} steps. "
-        "'pair relation' means both objects right and where the prompt says.",
+        f"{results['prompts']} prompts a canvas, as many of each kind, {results['steps']} steps. 'relation' means all "
+        "objects right and where the prompt says.",
     ]
     if "by steps" in results:
         parts += [table("steps, at 128×128", results["by steps"])]
@@ -99,12 +98,16 @@ def measured(results: dict[str, Any]) -> str:
 def write(folder: Path, log: Path, parameters: dict[str, int], psnr: dict[int, float], t5: int) -> None:
     """Writes `folder/README.md` from `folder/evaluation.json` and the training log."""
     results: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+    world = WORLDS[results["world"]]
     (folder / "README.md").write_text(
         TEXT.format(
-            colours=", ".join(COLOURS),
-            shapes=", ".join(SHAPES),
-            sizes=", ".join(SIZES),
-            relations=", ".join(RELATIONS),
+            most=("One object", "One object or two", "One to three objects")[world.most - 1],
+            colours=", ".join(world.colours),
+            shapes=", ".join(world.shapes),
+            sizes=", ".join(world.sizes),
+            backgrounds=", ".join(world.patterns),
+            relations=", ".join([*RELATIONS, *(ROWS if world.most > 2 else ())]),
+            world=world.name,
             t5=t5,
             measured=measured(results),
             psnr=", ".join(f"{value:.1f} dB PSNR at {side}²" for side, value in psnr.items()),

@@ -1,6 +1,7 @@
-"""The world of the embedded model: flat drawings and the sentences that describe them.
+"""The worlds of the embedded model: flat drawings and the sentences that describe them.
 
-A `Scene` says what is in a picture; `draw` renders it with Pillow, `describe` words it, `random_scene` makes one up.
+A `Scene` says what is in a picture; `draw` renders it with Pillow, `describe` words it, `random_scene` makes one up. A
+`World` says which colours, shapes, sizes, backgrounds and arrangements there are: FIRST is small, WHOLE has it all.
 Knows nothing of models, latents or training.
 """
 
@@ -9,11 +10,15 @@ from __future__ import annotations
 import math
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+Rgb = tuple[int, int, int]
+Words = Callable[[str], str]  # a name → one of its names
+
+COLOURS: dict[str, Rgb] = {
     "red": (214, 40, 40),
     "orange": (247, 137, 22),
     "yellow": (250, 218, 56),
@@ -22,16 +27,85 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (132, 52, 168),
     "white": (250, 250, 248),
     "black": (24, 24, 28),
+    "pink": (244, 143, 190),
+    "brown": (121, 74, 38),
+    "cyan": (48, 190, 196),
+    "grey": (142, 142, 146),
 }
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart")
-SIZES = ("small", "large")
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "arrow", "moon", "hexagon")
 RELATIONS = {"left of": "horizontal", "right of": "horizontal", "above": "vertical", "below": "vertical"}
-
-# Radii as a fraction of the picture's short side.
-RADII = {
-    "single": {"small": (0.14, 0.16), "large": (0.31, 0.34)},
-    "pair": {"small": (0.12, 0.135), "large": (0.205, 0.225)},
+ROWS = {"from left to right": "horizontal", "from top to bottom": "vertical"}  # of three things
+PATTERNS = ("plain", "striped", "gradient")  # bands of two colours; from one at the top to another at the bottom
+BANDS = 8
+PLACES: dict[str, tuple[float, float]] = {
+    "top left corner": (0.24, 0.24),
+    "top right corner": (0.76, 0.24),
+    "bottom left corner": (0.24, 0.76),
+    "bottom right corner": (0.76, 0.76),
+    "top": (0.5, 0.24),
+    "bottom": (0.5, 0.76),
+    "left": (0.24, 0.5),
+    "right": (0.76, 0.5),
 }
+
+# Radii as a fraction of the picture's short side, by how many things there are; `placed` is one away from the middle.
+RADII = {
+    "single": {"small": (0.14, 0.16), "medium": (0.22, 0.24), "large": (0.31, 0.34)},
+    "placed": {"small": (0.09, 0.1), "medium": (0.135, 0.145), "large": (0.18, 0.2)},
+    "pair": {"small": (0.12, 0.135), "medium": (0.16, 0.175), "large": (0.205, 0.225)},
+    "three": {"small": (0.08, 0.09), "medium": (0.105, 0.115), "large": (0.135, 0.15)},
+}
+
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "red": ("crimson", "scarlet"),
+    "yellow": ("golden",),
+    "green": ("emerald",),
+    "blue": ("azure", "cobalt"),
+    "purple": ("violet",),
+    "pink": ("rose",),
+    "brown": ("chocolate",),
+    "cyan": ("turquoise", "teal"),
+    "grey": ("gray",),
+    "small": ("little", "tiny"),
+    "medium": ("medium-sized",),
+    "large": ("big", "huge"),
+    "circle": ("disc",),
+    "diamond": ("rhombus",),
+    "cross": ("plus",),
+    "moon": ("crescent",),
+    "background": ("backdrop",),
+    "above": ("over", "on top of"),
+    "below": ("under", "beneath", "underneath"),
+    "left of": ("next to", "beside"),
+}
+ADJECTIVES = ("beautiful", "shiny", "lonely", "lovely", "flat", "perfect", "cute", "simple")
+ENDINGS = (
+    "for a poster",
+    "as in a dream",
+    "in the style of a children's book",
+    "drawn with great care",
+    "for my friend",
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """What there is. `most`: things in a picture; `places`: whether one may be away from the middle; `words`: whether
+    sentences use other names, plurals and words that mean nothing to a drawing."""
+
+    name: str
+    colours: tuple[str, ...]
+    shapes: tuple[str, ...]
+    sizes: tuple[str, ...]
+    patterns: tuple[str, ...]
+    most: int
+    places: bool
+    words: bool
+
+
+FIRST = World("first", tuple(COLOURS)[:8], SHAPES[:6], ("small", "large"), ("plain",), 2, False, False)
+WHOLE = World("whole", tuple(COLOURS), SHAPES, ("small", "medium", "large"), PATTERNS, 3, True, True)
+WORLDS = {world.name: world for world in (FIRST, WHOLE)}
 
 
 @dataclass(frozen=True)
@@ -47,11 +121,17 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background colour and one thing, or two of which the first stands in `relation` to the second."""
+    """A background and one thing, two of which the first stands in `relation` to the second, or three in order.
+
+    Where `pattern` is not plain, the background has a `second` colour. `place` is one of PLACES, of one thing alone.
+    """
 
     background: str
     things: tuple[Thing, ...]
     relation: str | None = None
+    pattern: str = "plain"
+    second: str | None = None
+    place: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +154,14 @@ def outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, flo
     def around(angles_radii: list[tuple[float, float]]) -> list[tuple[float, float]]:
         return [(cx + k * r * math.sin(a), cy - k * r * math.cos(a)) for a, k in angles_radii]
 
+    def scaled(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(cx + x * r, cy + y * r) for x, y in points]
+
     match shape:
         case "circle":
             return around([(2 * math.pi * i / 96, 1.0) for i in range(96)])
         case "square":
-            return [(cx + sx * 0.86 * r, cy + sy * 0.86 * r) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+            return scaled([(sx * 0.86, sy * 0.86) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))])
         case "triangle":
             return [(cx, cy - 0.95 * r), (cx + r, cy + 0.8 * r), (cx - r, cy + 0.8 * r)]
         case "star":
@@ -89,10 +172,31 @@ def outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, flo
             points = []
             for i in range(96):
                 t = 2 * math.pi * i / 96
-                x = 16 * math.sin(t) ** 3
+                x = 16.0 * math.sin(t) ** 3
                 y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
                 points.append((cx + x / 16 * r, cy - (y + 2.5) / 16 * r))
             return points
+        case "cross":
+            corners = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+            arm, end = 0.34, 0.98
+            return scaled(
+                [p for x, y in corners for p in ((x * end, y * arm), (x * arm, y * arm), (x * arm, y * end))[:: x * y]]
+            )
+        case "arrow":
+            half = [(0.0, -1.05), (0.85, -0.1), (0.36, -0.1), (0.36, 0.95)]
+            return scaled(half + [(-x, y) for x, y in reversed(half[1:])])
+        case "moon":
+            tip = math.radians(50)
+            middle, inner = 0.55, math.hypot(math.cos(tip) - 0.55, math.sin(tip))
+            meet = math.atan2(math.sin(tip), math.cos(tip) - middle)
+            outer = [tip + (2 * math.pi - 2 * tip) * i / 64 for i in range(65)]
+            back = [-meet - (2 * math.pi - 2 * meet) * i / 48 for i in range(1, 48)]
+            return scaled(
+                [(math.cos(a), math.sin(a)) for a in outer]
+                + [(middle + inner * math.cos(a), inner * math.sin(a)) for a in back]
+            )
+        case "hexagon":
+            return around([(math.pi * (2 * i + 1) / 6, 1.0) for i in range(6)])
     raise ValueError(f"no such shape: {shape}")
 
 
@@ -100,6 +204,9 @@ def draw(scene: Scene, width: int, height: int) -> Image.Image:
     """The scene as an RGB picture of `width` × `height` pixels, drawn at twice the size and box-filtered down."""
     picture = Image.new("RGB", (2 * width, 2 * height), COLOURS[scene.background])
     pen = ImageDraw.Draw(picture)
+    if scene.second is not None:
+        for row in range(2 * height):
+            pen.line(((0, row), (2 * width, row)), fill=row_colour(scene, (row + 0.5) / (2 * height)))
     short = 2 * min(width, height)
     for thing in scene.things:
         x, y = thing.centre[0] * 2 * width, thing.centre[1] * 2 * height
@@ -107,89 +214,202 @@ def draw(scene: Scene, width: int, height: int) -> Image.Image:
     return picture.reduce(2)
 
 
-def random_scene(rng: random.Random, width: int, height: int, pair: bool | None = None) -> Scene:
-    """A scene that training may draw, composed for the shape of the canvas; `pair` forces one thing or two."""
-    while True:
-        background = rng.choice(list(COLOURS))
-        others = [c for c in COLOURS if c != background]
-        if rng.random() < 0.45 if pair is None else pair:
-            first, second = rng.sample(others, 2)
-            named = [(first, rng.choice(SHAPES)), (second, rng.choice(SHAPES))]
-        else:
-            named = [(rng.choice(others), rng.choice(SHAPES))]
-        if not any(held_out(colour, shape, background) for colour, shape in named):
-            break
-    if len(named) == 1:
-        return Scene(background, (single(rng, *named[0], rng.choice(SIZES), width, height),))
-    return paired(rng, background, named, rng.choice(list(RELATIONS)), width, height)
+def row_colour(scene: Scene, depth: float) -> Rgb:
+    """The background's colour at a depth from 0 (top) to 1."""
+    first = COLOURS[scene.background]
+    second = first if scene.second is None else COLOURS[scene.second]
+    share = depth if scene.pattern == "gradient" else float(int(depth * BANDS) % 2)
+    red, green, blue = (round(a + share * (b - a)) for a, b in zip(first, second, strict=True))
+    return red, green, blue
 
 
-def single(rng: random.Random, colour: str, shape: str, size: str, width: int, height: int) -> Thing:
-    """One thing, about the middle."""
-    radius = rng.uniform(*RADII["single"][size])
-    return Thing(colour, shape, size, (rng.uniform(0.48, 0.52), rng.uniform(0.48, 0.52)), radius)
+def stands_out(colour: str, first: str, second: str | None) -> bool:
+    """Whether a thing of the colour can be seen everywhere between the background's two."""
+    if second is None:
+        return colour != first
+    point, a, b = (COLOURS[name] for name in (colour, first, second))
+    span = [y - x for x, y in zip(a, b, strict=True)]
+    along = sum(d * (p - x) for d, p, x in zip(span, point, a, strict=True)) / sum(d * d for d in span)
+    near = [x + min(max(along, 0.0), 1.0) * d for x, d in zip(a, span, strict=True)]
+    return math.dist(near, point) > 80
 
 
-def paired(
-    rng: random.Random, background: str, named: list[tuple[str, str]], relation: str, width: int, height: int
+def random_scene(
+    rng: random.Random,
+    width: int,
+    height: int,
+    things: int | None = None,
+    world: World = FIRST,
+    held: bool = False,
+    pattern: str | None = None,
+    placed: bool | None = None,
 ) -> Scene:
+    """A scene that training may draw, composed for the shape of the canvas.
+
+    Args:
+        things: how many; by chance if not said.
+        held: instead, one that training never draws: the first thing is a held-out combination.
+        pattern, placed: of the background, and whether one thing has a place; by chance if not said.
+    """
+    count = things or rng.choices((1, 2, 3)[: world.most], (0.4, 0.4, 0.2)[: world.most])[0]
+    pattern = pattern or ("plain" if rng.random() < 0.7 else rng.choice(world.patterns))
+    while True:
+        background, second, *rest = rng.sample(world.colours, len(world.colours))
+        between = None if pattern == "plain" else second
+        others = [c for c in (second, *rest) if stands_out(c, background, between)]
+        if len(others) < count:
+            continue
+        named = [(colour, rng.choice(world.shapes)) for colour in rng.sample(others, count)]
+        out = [held_out(colour, shape, background) for colour, shape in named]
+        if out[0] if held else not any(out):
+            break
+    relation = place = None
+    if count == 1:
+        size = rng.choice(world.sizes)
+        placed = world.places and rng.random() < 0.4 if placed is None else placed
+        place = rng.choice(list(PLACES)) if placed else None
+        arranged = [single(rng, *named[0], size, place)]
+    elif count == 2:
+        relation = rng.choice(list(RELATIONS))
+        if world.words and rng.random() < 0.1:  # two of a kind
+            relation, named = "left of", [named[0]] * 2
+        arranged = paired(rng, named, relation, world.sizes)
+    else:
+        relation = rng.choice(list(ROWS))
+        arranged = in_a_row(rng, named, relation, world.sizes)
+    return Scene(background, tuple(arranged), relation, pattern, between, place)
+
+
+def single(rng: random.Random, colour: str, shape: str, size: str, place: str | None = None) -> Thing:
+    """One thing, about the middle or at its place."""
+    radius = rng.uniform(*RADII["single" if place is None else "placed"][size])
+    x, y = (0.5, 0.5) if place is None else PLACES[place]
+    return Thing(colour, shape, size, (x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02)), radius)
+
+
+def paired(rng: random.Random, named: list[tuple[str, str]], relation: str, sizes: tuple[str, ...]) -> list[Thing]:
     """Two things, the first in `relation` to the second, each in its own half of the canvas."""
     horizontal = RELATIONS[relation] == "horizontal"
     first_comes_first = relation in ("left of", "above")
+    alike = named[0] == named[1]
+    common = rng.choice(sizes)
     things = []
     for index, (colour, shape) in enumerate(named):
-        size = rng.choice(SIZES)
+        size = common if alike else rng.choice(sizes)
         radius = rng.uniform(*RADII["pair"][size])
         in_first_half = (index == 0) == first_comes_first
         along = rng.uniform(0.255, 0.275) if in_first_half else rng.uniform(0.725, 0.745)
         across = rng.uniform(0.48, 0.52)
-        centre = (along, across) if horizontal else (across, along)
-        things.append(Thing(colour, shape, size, centre, radius))
-    return Scene(background, tuple(things), relation)
+        things.append(Thing(colour, shape, size, (along, across) if horizontal else (across, along), radius))
+    return things
 
 
-def describe(scene: Scene, rng: random.Random) -> Wording:
+def in_a_row(rng: random.Random, named: list[tuple[str, str]], relation: str, sizes: tuple[str, ...]) -> list[Thing]:
+    """Three things in the order in which they are named."""
+    things = []
+    for index, (colour, shape) in enumerate(named):
+        size = rng.choice(sizes)
+        along = (2 * index + 1) / 6 + rng.uniform(-0.01, 0.01)
+        across = rng.uniform(0.48, 0.52)
+        centre = (along, across) if ROWS[relation] == "horizontal" else (across, along)
+        things.append(Thing(colour, shape, size, centre, rng.uniform(*RADII["three"][size])))
+    return things
+
+
+def describe(scene: Scene, rng: random.Random, world: World = FIRST) -> Wording:
     """One of many sentences for the scene; size and background are sometimes left unsaid."""
     with_size = rng.random() < 0.75
     with_background = rng.random() < 0.92
+    article = rng.random() < 0.8
 
-    def noun(thing: Thing, article: bool) -> str:
-        words = [thing.size] if with_size else []
-        words += [thing.colour, thing.shape]
+    def word(name: str) -> str:
+        others = OTHER_NAMES.get(name, ())
+        return rng.choice(others) if world.words and others and rng.random() < 0.3 else name
+
+    def noun(thing: Thing, article: bool, plural: str = "") -> str:
+        words = [word(thing.size)] if with_size else []
+        if world.words and len(scene.things) < 3 and rng.random() < 0.1:
+            words.insert(0, rng.choice(ADJECTIVES))
+        words += [word(thing.colour), word(thing.shape)]
+        if plural:
+            words[-1] += "es" if words[-1].endswith(("s", "x")) else "s"
+            return " ".join([plural, *words])
         return (f"{article_for(words[0])} " if article else "") + " ".join(words)
 
-    article = rng.random() < 0.8
-    if scene.relation is None:
-        subject = noun(scene.things[0], article)
+    things = scene.things
+    if len(things) == 3:
+        first, second, third = (noun(thing, article) for thing in things)
+        order = scene.relation
+        if rng.random() < 0.3:
+            order = "in a row" if order == "from left to right" else "in a column"
+        comma = "," if rng.random() < 0.5 else ""
+        subject = f"{first}, {second} and {third}{comma} {order}"
+    elif len(things) == 2:
+        if (things[0].colour, things[0].shape) == (things[1].colour, things[1].shape):
+            subject = noun(things[0], False, "two")
+        else:
+            first, second = (noun(thing, article) for thing in things)
+            relation = word(str(scene.relation))
+            if relation in ("left of", "right of") and rng.random() < 0.5:
+                relation = f"to the {relation}"
+            subject = f"{first} {relation} {second}"
     else:
-        first, second = (noun(thing, article) for thing in scene.things)
-        relation = scene.relation
-        if relation in ("left of", "right of") and rng.random() < 0.5:
-            relation = f"to the {relation}"
-        subject = f"{first} {relation} {second}"
-    if not with_background:
-        sentence = subject
-    else:
-        b = scene.background
-        sentence = rng.choice(
-            [
-                f"{subject} on {article_for(b)} {b} background",
-                f"{subject} on {article_for(b)} {b} background",
-                f"{subject} on {b}",
-                f"{subject}, {b} background",
-                f"{subject} with {article_for(b)} {b} background",
-                f"{subject} in front of {article_for(b)} {b} background",
-                f"on {article_for(b)} {b} background, {subject}",
-            ]
-        )
-    if rng.random() < 0.25:
+        subject = noun(things[0], article)
+        if scene.place is not None:
+            at = {"top": "at the", "bottom": "at the", "left": "on the", "right": "on the"}.get(scene.place, "in the")
+            subject += f" {at} {scene.place}"
+            if at == "in the" and rng.random() < 0.3:
+                subject = subject.removesuffix(" corner")
+    sentence = subject if not with_background else on_background(scene, rng, subject, word)
+    if rng.random() < 0.25 and not sentence.startswith("on "):
         sentence = rng.choice(["a drawing of ", "a picture of ", "an image of ", "draw ", "a simple "]) + sentence
-        sentence = sentence.replace("simple a ", "simple ").replace("simple an ", "simple ")
+        for doubled in ("a", "an"):
+            sentence = sentence.replace(f"simple {doubled} ", "simple ")
+    if world.words and len(things) < 3 and rng.random() < 0.1:
+        sentence += rng.choice((" ", ", ")) + rng.choice(ENDINGS)
     if rng.random() < 0.3:
         sentence = sentence[0].upper() + sentence[1:]
+    elif world.words and rng.random() < 0.05:
+        sentence = sentence.upper()
     if rng.random() < 0.2:
         sentence += "."
     return Wording(sentence, with_size, with_background)
+
+
+def on_background(scene: Scene, rng: random.Random, subject: str, word: Words) -> str:
+    """The subject and where it stands."""
+    first, ground = word(scene.background), word("background")
+    if scene.second is None:
+        a = article_for(first)
+        return rng.choice(
+            [
+                f"{subject} on {a} {first} {ground}",
+                f"{subject} on {a} {first} {ground}",
+                f"{subject} on {first}",
+                f"{subject}, {first} {ground}",
+                f"{subject} with {a} {first} {ground}",
+                f"{subject} in front of {a} {first} {ground}",
+                f"on {a} {first} {ground}, {subject}",
+            ]
+        )
+    second = word(scene.second)
+    if scene.pattern == "striped":
+        return rng.choice(
+            [
+                f"{subject} on a striped {first} and {second} {ground}",
+                f"{subject} on {first} and {second} stripes",
+                f"{subject}, {ground} with {first} and {second} stripes",
+                f"on {first} and {second} stripes, {subject}",
+            ]
+        )
+    return rng.choice(
+        [
+            f"{subject} on a gradient from {first} to {second}",
+            f"{subject} on {article_for(first)} {first} to {second} gradient",
+            f"{subject}, {ground} fading from {first} to {second}",
+            f"{subject} with a {ground} that goes from {first} to {second}",
+        ]
+    )
 
 
 def article_for(word: str) -> str:

@@ -6,12 +6,13 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
 from flux_local.model.loader import Pipeline
 
-from .drawings import COLOURS, RELATIONS, SHAPES, SIZES, Scene, describe, held_out, paired, single
+from .drawings import FIRST, PATTERNS, Scene, World, describe, random_scene
 from .judge import Verdict, judge
 
 BATCH = 4
@@ -24,22 +25,23 @@ class Question:
     mentions_size: bool
 
 
-def questions(count: int, pair: bool, width: int, height: int, seed: int = 1) -> list[Question]:
+def questions(
+    count: int,
+    things: int,
+    width: int,
+    height: int,
+    seed: int = 1,
+    world: World = FIRST,
+    pattern: str = "plain",
+    placed: bool = False,
+) -> list[Question]:
     """Prompts whose first thing is a held-out combination of colour, shape and background."""
-    rng = random.Random(f"evaluation {seed} {pair}")
+    rng = random.Random(f"evaluation {seed} {things} {pattern} {placed}")
     found: list[Question] = []
     while len(found) < count:
-        background = rng.choice(list(COLOURS))
-        colour, second = rng.sample([c for c in COLOURS if c != background], 2)
-        shape = rng.choice(SHAPES)
-        if not held_out(colour, shape, background):
-            continue
-        if pair:
-            named = [(colour, shape), (second, rng.choice(SHAPES))]
-            scene = paired(rng, background, named, rng.choice(list(RELATIONS)), width, height)
-        else:
-            scene = Scene(background, (single(rng, colour, shape, rng.choice(SIZES), width, height),))
-        wording = describe(scene, rng)
+        kind = rng.choice(PATTERNS[1:]) if pattern == "any" else pattern
+        scene = random_scene(rng, width, height, things, world, held=True, pattern=kind, placed=placed)
+        wording = describe(scene, rng, world)
         if wording.mentions_background:
             found.append(Question(wording.text, scene, wording.mentions_size))
     return found
@@ -91,34 +93,43 @@ def evaluate(
     steps: int,
     count: int = 300,
     on_picture: Callable[[], None] = lambda: None,
+    world: World = FIRST,
 ) -> dict[str, float]:
-    """Percentages right, half of the prompts with one thing and half with two."""
-    verdicts: dict[bool, list[Verdict]] = {}
-    for pair in (False, True):
-        asked = questions(count // 2, pair, width, height)
-        pictures = paint(pipeline, [q.prompt for q in asked], width, height, steps)
-        verdicts[pair] = []
-        for question, picture in zip(asked, pictures, strict=True):
-            verdicts[pair].append(judge(picture, question.scene, question.mentions_size))
+    """Percentages right, an equal share of the prompts for each kind of drawing that the world has."""
+    asked = kinds(count, width, height, world)
+    figures = {}
+    for kind, chosen in asked.items():
+        pictures = paint(pipeline, [q.prompt for q in chosen], width, height, steps)
+        verdicts = []
+        for question, picture in zip(chosen, pictures, strict=True):
+            verdicts.append(judge(picture, question.scene, question.mentions_size, world))
             on_picture()
-    one, two = verdicts[False], verdicts[True]
+        for part in ("background", "colour", "shape", "size", "relation", "place"):
+            if any(getattr(v, part) is not None for v in verdicts):
+                figures[f"{kind}: {part}"] = share(verdicts, part)
+    return figures
+
+
+def kinds(count: int, width: int, height: int, world: World, seed: int = 1) -> dict[str, list[Question]]:
+    """`count` questions in all."""
+    wanted: dict[str, dict[str, Any]] = {"one": {"things": 1}, "two": {"things": 2}}
+    if world.most > 2:
+        wanted["three"] = {"things": 3}
+    if world.places:
+        wanted["placed"] = {"things": 1, "placed": True}
+    if len(world.patterns) > 1:
+        wanted["patterned"] = {"things": 1, "pattern": "any"}
     return {
-        "background": share(one, "background"),
-        "colour": share(one, "colour"),
-        "shape": share(one, "shape"),
-        "size": share(one, "size"),
-        "pair background": share(two, "background"),
-        "pair colours": share(two, "colour"),
-        "pair shapes": share(two, "shape"),
-        "pair relation": share(two, "relation"),
+        kind: questions(count // len(wanted), width=width, height=height, seed=seed, world=world, **how)
+        for kind, how in wanted.items()
     }
 
 
-def sheet(pipeline: Pipeline, path: Path, steps: int, side: int = 128, columns: int = 6, rows: int = 2) -> None:
+def sheet(
+    pipeline: Pipeline, path: Path, steps: int, side: int = 128, columns: int = 6, rows: int = 2, world: World = FIRST
+) -> None:
     """Writes pictures of held-out prompts with the prompts under them."""
-    asked = questions(columns * rows - columns, False, side, side, seed=7) + questions(
-        columns, True, side, side, seed=7
-    )
+    asked = [q for chosen in kinds(columns * rows, side, side, world, seed=7).values() for q in chosen]
     caption = 58
     page = Image.new("RGB", (columns * (side + 12), rows * (side + caption + 8)), "white")
     pen = ImageDraw.Draw(page)

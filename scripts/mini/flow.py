@@ -30,7 +30,6 @@ MATRIX_RATE, OTHER_RATE = 5e-3, 6e-4  # peaks for Muon and for AdamW: with the l
 AVERAGE = 0.998
 GUIDANCE = 4.5  # the value of all training before guidance is distilled
 NEARLY_NOISE = 0.5  # share of noise levels from 0.9 to 1, where the prompt alone says what to draw
-PAIRS = 0.6  # share of drawings with two things: which words go with which is what is learnt last
 DROPPED_PROMPTS = 0.1  # trained with the empty prompt, so that classifier-free guidance means something
 
 
@@ -142,7 +141,7 @@ class Pool:
     @torch.no_grad()
     def load(self, index: int) -> None:
         rng = random.Random(f"{self.run.seed} {self.width}x{self.height} chunk {self.offset + index}")
-        self.scenes = [random_scene(rng, self.width, self.height, rng.random() < PAIRS) for _ in range(self.chunk)]
+        self.scenes = [random_scene(rng, self.width, self.height, world=self.run.world) for _ in range(self.chunk)]
         parts = []
         for at in range(0, self.chunk, 32):
             drawn = [np.asarray(draw(scene, self.width, self.height)) for scene in self.scenes[at : at + 32]]
@@ -252,7 +251,9 @@ def train(run: Run, vae: AutoencoderKL, scale: float = 1.0, compiled: bool = Tru
                 generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
                 latents, scenes = pool(turn)
                 rng = random.Random(f"{run.seed} words {step}")
-                prompts = ["" if rng.random() < DROPPED_PROMPTS else describe(scene, rng).text for scene in scenes]
+                prompts = [
+                    "" if rng.random() < DROPPED_PROMPTS else describe(scene, rng, run.world).text for scene in scenes
+                ]
                 noisy, sigma, wanted = noised(latents, generator)
                 guidance = torch.full((len(latents),), GUIDANCE)
                 predicted = velocity(run, painter, noisy, sigma, prompts, guidance, pool.width, pool.height)

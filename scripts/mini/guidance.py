@@ -63,7 +63,7 @@ def train(
             generator = torch.Generator().manual_seed(run.seed * 1_000_003 + 10_000_000 + step)
             latents, scenes = pool(step // len(pools))
             rng = random.Random(f"{run.seed} guided words {step}")
-            prompts = ["" if rng.random() < flow.DROPPED_PROMPTS else describe(s, rng).text for s in scenes]
+            prompts = ["" if rng.random() < flow.DROPPED_PROMPTS else describe(s, rng, run.world).text for s in scenes]
             noisy, sigma, _ = flow.noised(latents, generator)
             # Half of the values from 1 to 6, where requests are; the effect is linear, so the others may be few.
             span = torch.where(torch.rand(BATCH, generator=generator) < 0.5, 5.0, HIGHEST - 1)

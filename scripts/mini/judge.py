@@ -1,21 +1,23 @@
 """Says what a picture shows, by plain measurement: nearest palette colour, best template by overlap.
 
-Knows the palette and the outlines, nothing of models. `judge` compares what it sees with the scene that was asked for.
+A background has one colour in each row. Knows the palette and the outlines, nothing of models. `judge` compares what it
+sees with the scene that was asked for.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .drawings import COLOURS, RADII, SHAPES, Scene, outline
+from .drawings import BANDS, COLOURS, FIRST, PLACES, RADII, RELATIONS, ROWS, SHAPES, Scene, World, outline
 
 NAMES = list(COLOURS)
 PALETTE = np.array([COLOURS[name] for name in NAMES], dtype=np.float32)
 TEMPLATE = 48
-SMALL_OR_LARGE = 0.5 * (RADII["single"]["small"][1] + RADII["single"]["large"][0])
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class Verdict:
     shape: bool
     size: bool | None
     relation: bool | None
+    place: bool | None = None
+
+    @property
+    def perfect(self) -> bool:
+        """Everything that was asked for is right."""
+        return False not in (self.background, self.colour, self.shape, self.size, self.relation, self.place)
 
 
 def mask_of(shape: str) -> np.ndarray:
@@ -59,18 +67,32 @@ for _shape in SHAPES:
     AREA[_shape] = 0.5 * abs(np.dot(_x, np.roll(_y, 1)) - np.dot(_y, np.roll(_x, 1)))
 
 
-def nearest_colours(pixels: np.ndarray) -> np.ndarray:
-    """[..., 3] → index of the nearest palette colour."""
-    distance = ((pixels[..., None, :].astype(np.float32) - PALETTE) ** 2).sum(axis=-1)
+def nearest_colours(pixels: np.ndarray, world: World = FIRST) -> np.ndarray:
+    """[..., 3] → index of the world's nearest colour."""
+    palette = PALETTE[[NAMES.index(name) for name in world.colours]]
+    distance = ((pixels[..., None, :].astype(np.float32) - palette) ** 2).sum(axis=-1)
     nearest: np.ndarray = distance.argmin(axis=-1)
     return nearest
 
 
-def background_of(pixels: np.ndarray) -> int:
-    """The commonest colour along the border."""
-    border = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3),
-                             pixels[:, :3].reshape(-1, 3), pixels[:, -3:].reshape(-1, 3)])  # fmt: skip
-    return int(np.bincount(nearest_colours(border), minlength=len(NAMES)).argmax())
+def rows_of(pixels: np.ndarray) -> np.ndarray:
+    """[rows, 3]: the background's colour in each row, as the picture's left and right edges have it."""
+    edges: np.ndarray = np.median(np.concatenate([pixels[:, :4], pixels[:, -4:]], axis=1), axis=1)
+    return edges.astype(np.float32)
+
+
+def background_is(rows: np.ndarray, scene: Scene, world: World = FIRST) -> bool:
+    """Whether the rows' colours are the scene's background, its pattern included."""
+    seen = [world.colours[i] for i in nearest_colours(rows, world)]
+    if scene.second is None:
+        return seen.count(scene.background) >= 0.9 * len(seen)
+    if scene.pattern == "gradient":
+        margin = max(1, len(seen) // 32)
+        towards = rows @ (np.array(COLOURS[scene.second]) - np.array(COLOURS[scene.background])).astype(np.float32)
+        rises = bool((np.diff(towards[:: max(1, len(rows) // 8)]) > 0).all())
+        return {*seen[:margin]} == {scene.background} and {*seen[-margin:]} == {scene.second} and rises
+    middles = [seen[int((band + 0.5) * len(seen) / BANDS)] for band in range(BANDS)]
+    return middles == [scene.background, scene.second] * (BANDS // 2)
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
@@ -102,26 +124,26 @@ def components(mask: np.ndarray) -> list[np.ndarray]:
     return sorted(large, key=np.sum, reverse=True)
 
 
-def look(picture: Image.Image) -> tuple[str, list[Seen]]:
-    """The background's colour and the things on it, the largest first."""
+def look(picture: Image.Image, world: World = FIRST) -> tuple[str, list[Seen]]:
+    """The background's commonest colour and the things on it, the largest first."""
     pixels = np.asarray(picture.convert("RGB"))
-    background = background_of(pixels)
-    colours = nearest_colours(pixels)
+    rows = rows_of(pixels)
+    counts = np.bincount(nearest_colours(rows, world), minlength=len(world.colours))
+    colours = nearest_colours(pixels, world)
     things = []
     # Half-way to the background counts as the thing, so that a blended edge is not a third colour.
-    from_background = ((pixels.astype(np.float32) - PALETTE[background]) ** 2).sum(axis=-1)
+    from_background = ((pixels.astype(np.float32) - rows[:, None]) ** 2).sum(axis=-1)
     for region in components(from_background > 40.0**2):
-        inside = np.bincount(colours[region], minlength=len(NAMES))
-        inside[background] = 0
+        inside = np.bincount(colours[region & (from_background > 70.0**2)], minlength=len(world.colours))
         if not inside.any():
             continue
-        colour = int(inside.argmax())
-        to_thing = ((pixels.astype(np.float32) - PALETTE[colour]) ** 2).sum(axis=-1)
-        things.append(measure(region & (to_thing < from_background), NAMES[colour]))
-    return NAMES[background], [thing for thing in things if thing is not None]
+        name = world.colours[int(inside.argmax())]
+        to_thing = ((pixels.astype(np.float32) - np.array(COLOURS[name], np.float32)) ** 2).sum(axis=-1)
+        things.append(measure(region & (to_thing < from_background), name, world))
+    return world.colours[int(counts.argmax())], [thing for thing in things if thing is not None]
 
 
-def measure(mask: np.ndarray, colour: str) -> Seen | None:
+def measure(mask: np.ndarray, colour: str, world: World = FIRST) -> Seen | None:
     """The shape whose template, stretched to the region's bounding box, overlaps best (intersection over union)."""
     rows, columns = np.nonzero(mask)
     if len(rows) < 12:
@@ -130,37 +152,52 @@ def measure(mask: np.ndarray, colour: str) -> Seen | None:
     cut = Image.fromarray(mask.astype(np.uint8) * 255).crop(box).resize((TEMPLATE, TEMPLATE), Image.Resampling.BOX)
     cut_mask = np.asarray(cut) > 127
     overlap = {s: float((cut_mask & t).sum() / max(1, (cut_mask | t).sum())) for s, t in TEMPLATES.items()}
-    shape = max(overlap, key=overlap.__getitem__)
+    shape = max(world.shapes, key=overlap.__getitem__)
     radius = float(np.sqrt(mask.sum() / AREA[shape])) / min(mask.shape)
     centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
     return Seen(colour, shape, centre, radius, overlap[shape])
 
 
-def in_relation(first: Seen, second: Seen, relation: str) -> bool:
-    (x1, y1), (x2, y2) = first.centre, second.centre
-    return {"left of": x1 < x2, "right of": x1 > x2, "above": y1 < y2, "below": y1 > y2}[relation]
+def in_order(things: list[Seen], relation: str) -> bool:
+    """Whether things lie as the relation says: of two the first to the second, or three as they are named."""
+    axis = 0 if (RELATIONS | ROWS)[relation] == "horizontal" else 1
+    along = [thing.centre[axis] for thing in things]
+    if relation in ("right of", "below"):
+        along.reverse()
+    return all(a < b for a, b in pairwise(along))
 
 
-def judge(picture: Image.Image, scene: Scene, mentions_size: bool = True) -> Verdict:
-    """Whether the picture shows the scene. With two things, each must be there, and where the relation says."""
-    background, things = look(picture)
-    right_background = background == scene.background
+def size_of(seen: Seen, group: str, world: World) -> str:
+    """The size whose radii are nearest."""
+    return min(world.sizes, key=lambda size: abs(sum(RADII[group][size]) / 2 - seen.radius))
+
+
+def judge(picture: Image.Image, scene: Scene, mentions_size: bool = True, world: World = FIRST) -> Verdict:
+    """Whether the picture shows the scene. Of several things each must be there, and where the relation says."""
+    things = look(picture, world)[1]
+    background = background_is(rows_of(np.asarray(picture.convert("RGB"))), scene, world)
     if scene.relation is None:
         asked = scene.things[0]
         seen = things[0] if things else None
-        size = None
+        size = place = None
         if mentions_size:
-            size = seen is not None and (seen.radius > SMALL_OR_LARGE) == (asked.size == "large")
-        return Verdict(
-            right_background,
-            seen is not None and seen.colour == asked.colour,
-            seen is not None and seen.shape == asked.shape,
-            size,
-            None,
-        )
-    by_colour = [next((t for t in things if t.colour == asked.colour), None) for asked in scene.things]
-    colour = all(t is not None for t in by_colour)
-    shape = all(t is not None and t.shape == asked.shape for t, asked in zip(by_colour, scene.things, strict=True))
-    first, second = by_colour
-    placed = first is not None and second is not None and in_relation(first, second, scene.relation)
-    return Verdict(right_background, colour, shape, None, placed and shape)
+            group = "single" if scene.place is None else "placed"
+            size = seen is not None and size_of(seen, group, world) == asked.size
+        if scene.place is not None:
+            at = None if seen is None else (seen.centre[0] / picture.width, seen.centre[1] / picture.height)
+            place = at is not None and math.dist(at, PLACES[scene.place]) < 0.15
+        right = seen is not None and seen.colour == asked.colour
+        return Verdict(background, right, seen is not None and seen.shape == asked.shape, size, None, place)
+    left = list(things)
+    found: list[Seen | None] = []
+    for asked in scene.things:
+        match = next((t for t in left if (t.colour, t.shape) == (asked.colour, asked.shape)), None)
+        match = match or next((t for t in left if t.colour == asked.colour), None)
+        if match is not None:
+            left.remove(match)
+        found.append(match)
+    there = [seen for seen in found if seen is not None]
+    colour = len(there) == len(scene.things)
+    shape = colour and all(t.shape == asked.shape for t, asked in zip(there, scene.things, strict=True))
+    alike = len({(t.colour, t.shape) for t in scene.things}) == 1
+    return Verdict(background, colour, shape, None, shape and (alike or in_order(there, scene.relation)))

@@ -15,21 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .drawings import COLOURS, RELATIONS, SHAPES, SIZES, Scene, Wording, describe, random_scene
+from .drawings import PLACES, RELATIONS, ROWS, Scene, Wording, World, describe, random_scene
 from .run import Run
 
 STEPS = 1200
 BATCH = 192
 UNSAID = "unsaid"
-CHOICES: dict[str, tuple[str, ...]] = {
-    "background": (UNSAID, *COLOURS),
-    "axis": (UNSAID, *sorted(set(RELATIONS.values()))),
-    **{
-        f"{place} {part}": (UNSAID, *values)
-        for place in ("first", "second")
-        for part, values in (("colour", tuple(COLOURS)), ("shape", SHAPES), ("size", SIZES))
-    },
-}
+ORDINALS = ("first", "second", "third")
+AXES = RELATIONS | ROWS
+
+
+def choices(world: World) -> dict[str, tuple[str, ...]]:
+    """What there is to say in a world, and its values."""
+    found: dict[str, tuple[str, ...]] = {"background": world.colours, "axis": tuple(sorted(set(AXES.values())))}
+    if world.most > 2:
+        found["count"] = ("one", "two", "three")
+    if len(world.patterns) > 1:
+        found |= {"pattern": world.patterns, "second background": world.colours}
+    if world.places:
+        found["place"] = tuple(PLACES)
+    for ordinal in ORDINALS[: world.most]:
+        found |= {f"{ordinal} colour": world.colours, f"{ordinal} shape": world.shapes, f"{ordinal} size": world.sizes}
+    return {name: (UNSAID, *values) for name, values in found.items()}
 
 
 class Reader(Protocol):
@@ -39,29 +46,29 @@ class Reader(Protocol):
     def read(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-def meaning(scene: Scene, wording: Wording) -> dict[str, str]:
+def meaning(scene: Scene, wording: Wording, world: World) -> dict[str, str]:
     """What the sentence says of the scene; things in spatial order: left before right, upper before lower."""
-    said = dict.fromkeys(CHOICES, UNSAID)
+    said: dict[str, str | None] = {"place": scene.place, "count": ("one", "two", "three")[len(scene.things) - 1]}
     if wording.mentions_background:
-        said["background"] = scene.background
+        said |= {"background": scene.background, "pattern": scene.pattern, "second background": scene.second}
     things = list(scene.things)
     if scene.relation is not None:
-        said["axis"] = RELATIONS[scene.relation]
+        said["axis"] = AXES[scene.relation]
         if scene.relation in ("right of", "below"):
             things.reverse()
-    for place, thing in zip(("first", "second"), things, strict=False):
-        said |= {f"{place} colour": thing.colour, f"{place} shape": thing.shape}
+    for ordinal, thing in zip(ORDINALS, things, strict=False):
+        said |= {f"{ordinal} colour": thing.colour, f"{ordinal} shape": thing.shape}
         if wording.mentions_size:
-            said[f"{place} size"] = thing.size
-    return said
+            said[f"{ordinal} size"] = thing.size
+    return {name: said.get(name) or UNSAID for name in choices(world)}
 
 
 class Heads(nn.Module):
-    """A linear classifier for each entry of CHOICES."""
+    """A linear classifier for each of a world's choices."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, world: World) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in CHOICES.items()})
+        self.layers = nn.ModuleDict({name: nn.Linear(width, len(v)) for name, v in choices(world).items()})
 
     def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: layer(features) for name, layer in self.layers.items()}
@@ -76,8 +83,8 @@ def train(run: Run, reader: Reader, scale: float = 1.0) -> None:
         {
             "clip": reader.text_encoder,
             "t5": reader.text_encoder_2,
-            "clip heads": Heads(pooled.shape[-1]),
-            "t5 heads": Heads(states.shape[-1]),
+            "clip heads": Heads(pooled.shape[-1], run.world),
+            "t5 heads": Heads(states.shape[-1], run.world),
         }
     ).to(run.device)
     optimiser = torch.optim.AdamW(learner.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
@@ -86,13 +93,13 @@ def train(run: Run, reader: Reader, scale: float = 1.0) -> None:
     with run.progress("text encoders", steps, start) as progress:
         for step in range(start, steps):
             rng = random.Random(f"{run.seed} reading {step}")
-            scenes = [random_scene(rng, 128, 128) for _ in range(BATCH)]
-            wordings = [describe(scene, rng) for scene in scenes]
-            said = [meaning(scene, wording) for scene, wording in zip(scenes, wordings, strict=True)]
+            scenes = [random_scene(rng, 128, 128, world=run.world) for _ in range(BATCH)]
+            wordings = [describe(scene, rng, run.world) for scene in scenes]
+            said = [meaning(scene, wording, run.world) for scene, wording in zip(scenes, wordings, strict=True)]
             states, pooled = reader.read([wording.text for wording in wordings])
             answers = (learner["clip heads"](pooled), learner["t5 heads"](states.mean(dim=1)))
             losses, right = [], []
-            for name, values in CHOICES.items():
+            for name, values in choices(run.world).items():
                 target = torch.tensor([values.index(s[name]) for s in said], device=run.device)
                 losses += [F.cross_entropy(answer[name], target) for answer in answers]
                 right += [(answer[name].argmax(dim=-1) == target).float().mean() for answer in answers]

@@ -19,6 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .drawings import WHOLE, World
+
 CHECKPOINT_EVERY = 250
 
 
@@ -55,11 +57,12 @@ class Optimiser(Protocol):
 
 @dataclass
 class Run:
-    """One training run: its seed, its device and the folder that holds its checkpoints and its record."""
+    """One training run: its seed, its device, what it draws, and the folder with its checkpoints and its record."""
 
     work: Path
     seed: int
     device: torch.device
+    world: World = WHOLE
 
     def __post_init__(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)

@@ -17,20 +17,18 @@ from collections.abc import Iterator
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from .drawings import COLOURS, SHAPES, describe, random_scene
+from .drawings import COLOURS, SHAPES, WHOLE, describe, random_scene
 
 T5_LENGTH = 32
 CLIP_LENGTH = 77
 SENTENCES = 20_000
-# Words that the drawings do not use yet, so that a sentence with them still reads as words and not as letters.
+# Words that no drawing uses, so that a sentence with them still reads as words and not as letters.
 OTHER_WORDS = re.findall(
     r"\S+",
     """
-    crimson scarlet azure navy golden pink brown grey gray cyan teal violet magenta big tiny huge little medium
-    backdrop next beside under over top bottom corner centre center middle left right upper lower and with the in at to
-    photo painting cat dog house tree sun moon sky sea mountain flower face person car city night day red-hot
-    stripes striped gradient plain ring cross pentagon hexagon rectangle oval crescent arrow moon
-    circles squares triangles stars diamonds hearts two three one some bright dark light pale deep
+    navy magenta middle upper lower center centre corner bright dark light pale deep some one three many small large
+    photo painting cat dog house tree sun sky sea mountain flower face person car city night day red-hot
+    ring pentagon rectangle oval and with the in at to of by near behind
     """,
 )
 
@@ -38,7 +36,7 @@ OTHER_WORDS = re.findall(
 def sentences(seed: int) -> Iterator[str]:
     rng = random.Random(f"{seed} sentences")
     for _ in range(SENTENCES):
-        yield describe(random_scene(rng, 128, 128), rng).text
+        yield describe(random_scene(rng, 128, 128, world=WHOLE), rng, WHOLE).text
         yield " ".join(rng.sample(OTHER_WORDS + list(COLOURS) + list(SHAPES), 6))
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
-from .drawings import draw, random_scene
+from .drawings import WHOLE, draw, random_scene
 from .run import Run
 
 SIDES = ((64, 16), (64, 16), (64, 16), (96, 7), (128, 4))  # (side in pixels, pictures in a batch)
@@ -153,7 +153,7 @@ def write_encoder(vae: AutoencoderKL) -> None:
 
 def pictures(rng: random.Random, count: int, width: int, height: int) -> torch.Tensor:
     """[count, 3, height, width] in −1 … 1."""
-    drawn = [np.asarray(draw(random_scene(rng, width, height), width, height)) for _ in range(count)]
+    drawn = [np.asarray(draw(random_scene(rng, width, height, world=WHOLE), width, height)) for _ in range(count)]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,8 +40,10 @@ def measure(scale: Scale, device: str, dtype: torch.dtype, say: Say) -> dict[str
         x, weight, bias = random(rows, depth), random(columns, depth), random(columns)
         work = 2 * rows * columns * depth / 1e9
         figures = {"tflops": work / milliseconds(partial(F.linear, x, weight, bias), device, 10)}
-        with contextlib.suppress(RuntimeError, AttributeError):
-            figures["fp8_tflops"] = work / milliseconds(fp8_product(x, weight), device, 10)
+        try:
+            figures["fp8_tflops"] = work / milliseconds(fp8_product(x, weight, bias), device, 10)
+        except (RuntimeError, AttributeError) as error:
+            say(f"  no fp8 product of {rows} × {columns} × {depth}: {str(error)[:120]}")
         found["matmuls"][name] = figures
         say(f"  {name:11}{rows:6} ×{columns:6} ×{depth:6}  " + "  ".join(f"{k} {v:.0f}" for k, v in figures.items()))
     geometry = Geometry.of(scale.transformer)
@@ -71,12 +72,13 @@ def shapes(scale: Scale) -> dict[str, tuple[int, int, int]]:
     }  # fmt: skip
 
 
-def fp8_product(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+def fp8_product(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
     """The product of the same shape in fp8 with a scale a row and a column, without what makes the scales."""
     rows = torch.full((len(x), 1), 0.01, device=x.device)
     columns = torch.full((1, len(weight)), 0.01, device=x.device)
     a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
-    return lambda: torch._scaled_mm(a, b.t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True)
+    bias = bias.to(torch.bfloat16)
+    return lambda: torch._scaled_mm(a, b.t(), rows, columns, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def floor(scale: Scale, measured: dict[str, Any], say: Say) -> dict[str, Any]:
