@@ -288,19 +288,6 @@ class FluxTransformer:
         twin.run = recorded(twin)
         return twin
 
-    def with_fp8_attention(self) -> FluxTransformer:
-        """The same with attention in fp8 too; all weights are shared."""
-        twin = copy.copy(self)
-        twin.fp8_attention = True
-        twin.run = recorded(twin)
-        return twin
-
-    def without_graphs(self) -> FluxTransformer:
-        """The same, each operation launched by itself."""
-        twin = copy.copy(self)
-        twin.run = twin.forward
-        return twin
-
     def with_plain_operations(self) -> FluxTransformer:
         """The same without kernels and graphs."""
         twin = copy.copy(self)
