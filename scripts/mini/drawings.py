@@ -317,8 +317,8 @@ def in_a_row(rng: random.Random, named: list[tuple[str, str]], relation: str, si
 
 
 def describe(scene: Scene, rng: random.Random, world: World = FIRST) -> Wording:
-    """One of many sentences for the scene; size and background are sometimes left unsaid."""
-    with_size = rng.random() < 0.75
+    """One of many sentences for the scene; the background is sometimes left unsaid, sizes only if all are large."""
+    with_size = rng.random() < 0.75 or any(thing.size != "large" for thing in scene.things)
     with_background = rng.random() < 0.92
     article = rng.random() < 0.8
 

@@ -18,9 +18,8 @@ from . import flow
 from .drawings import describe
 from .run import Run
 
-STEPS = 400
+STEPS = 300
 BATCH = 48
-CANVASES = (*flow.SMALL, (128, 128), *flow.LARGE)
 RATE = 0.25  # of the peak rates of the stage before
 AVERAGE = 0.99
 HIGHEST = 20.0
@@ -56,7 +55,7 @@ def train(
     start = run.resume("guidance", painter, optimiser, average=average)
     rate = run.one_cycle(steps, warm_up=20)
     chunk = min(flow.CHUNK // 8, BATCH * steps)
-    pools = [flow.Pool(run, vae, w, h, BATCH, chunk, 10_000_000) for w, h in CANVASES]
+    pools = [flow.Pool(run, vae, w, h, BATCH, chunk, 10_000_000) for w, h in flow.PHASES[-1].canvases]
     with run.progress("guidance", steps, start) as progress:
         for step in range(start, steps):
             pool = pools[step % len(pools)]
