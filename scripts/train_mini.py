@@ -5,7 +5,9 @@
     scripts/train_mini.py --evaluate          measure the model in weights/flux-krea-mini
     scripts/train_mini.py --scale 0.01        all stages in a minute, to try the script out
 
-A run goes on from the checkpoints in --work; the same seed gives the same data in the same order.
+A run goes on from the checkpoints in --work; the same seed gives the same data in the same order. There, as it goes,
+are losses.png and a sheet of samples every 1,000 steps of the transformer. `pip install 'flux-local[train]'` has what
+the plots need.
 """
 
 from __future__ import annotations
@@ -50,17 +52,27 @@ def parser() -> argparse.ArgumentParser:
 
 def train(options: argparse.Namespace) -> None:
     """All stages, then the folder. With --export, the averaged weights as they stand."""
+    import copy
+
     import torch
     from mini import flow, guidance, vae
     from mini.drawings import WORLDS
+    from mini.evaluate import sheet
     from mini.run import Run
+
+    from flux_local.model.loader import load
+
+    def look(painter: flow.Painter, step: int) -> None:
+        folder = run.work / "model"
+        export(folder, *copy.deepcopy((autoencoder, painter)))
+        sheet(load(folder, "cpu"), run.work / f"samples-{step:06}.png", options.steps, world=run.world)
 
     run = Run(options.work, options.seed, torch.device(options.device), WORLDS[options.world])
     autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)))
     if options.export:
         painter = flow.latest(run)
     else:
-        painter = flow.train(run, autoencoder, options.scale, not options.eager)
+        painter = flow.train(run, autoencoder, options.scale, not options.eager, look)
         painter = guidance.train(run, painter, autoencoder, options.scale, not options.eager)
     export(options.out, autoencoder, painter)
     print(f"wrote {options.out}")
@@ -123,7 +135,7 @@ def evaluate(options: argparse.Namespace) -> None:
     sheet(pipeline, options.out / "samples.png", options.steps, world=world)
     parts = {"transformer": "transformer", "autoencoder": "vae", "T5": "text_encoder_2", "CLIP": "text_encoder"}
     counts = {name: parameters(options.out / folder) for name, folder in parts.items()}
-    quality = {side: vae.psnr(pipeline.vae.vae, torch.device(options.device), side) for side in (128, 192)}
+    quality = {side: vae.psnr(pipeline.vae.vae, torch.device(options.device), side, world) for side in (128, 192)}
     card.write(options.out, options.work / "log.jsonl", counts, quality, pipeline.text.max_length)
 
 

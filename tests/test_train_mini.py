@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from mini import flow
+from mini.drawings import FIRST, Scene, random_scene
 
 from tests.servers import ROOT
 
@@ -26,6 +31,7 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     first, vocabulary = weights.read_bytes(), tokenizer.read_bytes()
+    assert (work / "losses.png").stat().st_size > 1000
     weights.unlink()
     run("--scale", "0.001", "--eager")
     assert weights.read_bytes() == first, "a run that has ended must not train on"
@@ -33,3 +39,22 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     output = run("--evaluate", "--brief", "--count", "6", "--canvases", "128x128", "--steps", "2")
     assert "128x128" in output
     assert (folder / "samples.png").stat().st_size > 1000
+
+
+def test_prompts_are_false_only_where_the_picture_can_be_told() -> None:
+    rng = random.Random(0)
+    scenes = [random_scene(rng, 128, 128) for _ in range(2000)]
+
+    def fits(prompt: str, scene: Scene) -> bool:
+        return all(f"{thing.colour} {thing.shape}" in prompt.lower() for thing in scene.things)
+
+    def shares(level: float) -> Counter[str]:
+        prompts = flow.worded(scenes, torch.full((len(scenes),), level), random.Random(1), FIRST)
+        return Counter(
+            "none" if not prompt else "own" if fits(prompt, scene) else "other"
+            for scene, prompt in zip(scenes, prompts, strict=True)
+        )
+
+    assert shares(1.0)["other"] < 0.02 * len(scenes)
+    assert 0.25 * len(scenes) < shares(0.3)["other"] < 0.32 * len(scenes)
+    assert all(0.08 * len(scenes) < shares(level)["none"] < 0.12 * len(scenes) for level in (0.3, 1.0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import reading
-from .drawings import Scene, describe, draw, random_scene
+from .drawings import Scene, World, describe, draw, random_scene
 from .run import Run
 from .text import T5_LENGTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 
@@ -28,10 +29,17 @@ CHUNK = 4096  # pictures encoded at a time
 REUSE = 10  # epochs over a chunk before it is replaced
 MATRIX_RATE, OTHER_RATE = 5e-3, 6e-4  # peaks for Muon and for AdamW: with the latter over 1e-3 the loss goes up again
 AVERAGE = 0.998
+LOOK_EVERY = 1000
 GUIDANCE = 4.5  # the value of all training before guidance is distilled
 NEARLY_NOISE = 0.4  # share of noise levels from 0.9 to 1, where the prompt alone says what to draw
 DROPPED_PROMPTS = 0.1  # trained with the empty prompt, so that classifier-free guidance means something
+# Trained with another picture's prompt: none of those nearest to noise, up to the latter share of those well out of it.
+# A picture that can be told is then believed more than the prompt, which is what lets an edit keep a part of it.
+TOLD_BELOW, FALSE_PROMPTS = 0.96, 0.3
 
+# One for each ratio of the size table, of 60 to 70 tokens.
+SQUARE = (128, 128)
+OTHER_SHAPES = ((144, 112), (112, 144), (160, 112), (112, 160), (176, 96), (96, 176), (192, 80), (80, 192))
 
 # The shift of the noise levels, as `mu` of FLUX.1's schedule at 64 and at 144 tokens; it grows with the logarithm of
 # the side. More than FLUX.1's own, because flat drawings are decided early: nine tenths of a latent's variance are the
@@ -48,7 +56,10 @@ class Phase:
     steps: int
 
 
-PHASES = (Phase(((128, 128),), 48, 9000),)
+PHASES = (
+    Phase((SQUARE,), 48, 9000),
+    Phase(tuple(canvas for other in OTHER_SHAPES for canvas in (SQUARE, other)), 48, 9000),
+)
 
 
 class Painter(nn.Module):
@@ -148,6 +159,26 @@ class Pool:
         self.loaded = index
 
 
+class Pools:
+    """Pictures of canvases in turn. A canvas that comes up twice in a cycle has one pool all the same."""
+
+    def __init__(
+        self, run: Run, vae: AutoencoderKL, canvases: tuple[tuple[int, int], ...], batch: int, steps: int, offset: int
+    ) -> None:
+        self.cycle = canvases
+        self.pools = {}
+        for canvas in dict.fromkeys(canvases):
+            chunk = min(CHUNK * canvases.count(canvas) // len(canvases), batch * steps)
+            self.pools[canvas] = Pool(run, vae, *canvas, batch, max(batch, chunk), offset)
+
+    def __call__(self, step: int) -> tuple[tuple[int, int], torch.Tensor, list[Scene]]:
+        """Canvas, latents [batch, tokens, 64] and scenes of step `step`."""
+        rounds, place = divmod(step, len(self.cycle))
+        canvas = self.cycle[place]
+        turn = rounds * self.cycle.count(canvas) + self.cycle[:place].count(canvas)
+        return canvas, *self.pools[canvas](turn)
+
+
 class Optimisers:
     """Muon for the matrices within the blocks, AdamW for all else; to a training run, one optimiser.
 
@@ -217,11 +248,18 @@ def compile_blocks(painter: Painter) -> None:
         block.compile(dynamic=True)
 
 
-def train(run: Run, vae: AutoencoderKL, scale: float = 1.0, compiled: bool = True) -> Painter:
+def train(
+    run: Run,
+    vae: AutoencoderKL,
+    scale: float = 1.0,
+    compiled: bool = True,
+    look: Callable[[Painter, int], None] = lambda painter, step: None,
+) -> Painter:
     """Trains through all phases, going on from the last checkpoint; returns the averaged weights.
 
     Args:
         scale: share of the recipe's steps; less than 1 is for trying things out.
+        look: called every LOOK_EVERY steps with the averaged weights so far.
     """
     torch.manual_seed(run.seed)
     painter = Painter(run.seed).to(run.device)
@@ -238,26 +276,37 @@ def train(run: Run, vae: AutoencoderKL, scale: float = 1.0, compiled: bool = Tru
     first = 0
     with run.progress("transformer", steps, start) as progress:
         for phase, length in zip(PHASES, lengths, strict=True):
-            chunk = min(CHUNK if len(phase.canvases) == 1 else CHUNK // 8, phase.batch * length)
-            pools = [Pool(run, vae, w, h, phase.batch, chunk, first) for w, h in phase.canvases]
+            pools = Pools(run, vae, phase.canvases, phase.batch, length, first)
             for step in range(max(first, start), first + length):
-                turn, pool = (step - first) // len(pools), pools[(step - first) % len(pools)]
                 generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
-                latents, scenes = pool(turn)
-                rng = random.Random(f"{run.seed} words {step}")
-                prompts = [
-                    "" if rng.random() < DROPPED_PROMPTS else describe(scene, rng, run.world).text for scene in scenes
-                ]
+                canvas, latents, scenes = pools(step - first)
                 noisy, sigma, wanted = noised(latents, generator)
+                prompts = worded(scenes, sigma, random.Random(f"{run.seed} words {step}"), run.world)
                 guidance = torch.full((len(latents),), GUIDANCE)
-                predicted = velocity(run, painter, noisy, sigma, prompts, guidance, pool.width, pool.height)
+                predicted = velocity(run, painter, noisy, sigma, prompts, guidance, *canvas)
                 loss = weighted(predicted - wanted.to(run.device), sigma)
                 run.step(optimiser, loss, painter, rate(step))
                 average.update_parameters(painter)
                 progress(step + 1, loss=loss.item())
                 run.checkpoint("flow", step + 1, steps, painter, optimiser, average=average)
+                if (step + 1) % LOOK_EVERY == 0:
+                    look(cast(Painter, average.module), step + 1)
             first += length
     return cast(Painter, average.module).eval()
+
+
+def worded(scenes: list[Scene], sigma: torch.Tensor, rng: random.Random, world: World) -> list[str]:
+    """A prompt for each scene at its noise level: its own, none, or, where the picture can be told, another's."""
+    prompts = []
+    for index, (scene, level) in enumerate(zip(scenes, sigma.tolist(), strict=True)):
+        told = min(1.0, max(0.0, (TOLD_BELOW - level) / 0.2))
+        if rng.random() < DROPPED_PROMPTS:
+            prompts.append("")
+        elif rng.random() < FALSE_PROMPTS * told:
+            prompts.append(describe(scenes[index - 1], rng, world).text)
+        else:
+            prompts.append(describe(scene, rng, world).text)
+    return prompts
 
 
 def noised(latents: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -15,7 +15,6 @@ from diffusers import AutoencoderKL
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import flow
-from .drawings import describe
 from .run import Run
 
 STEPS = 300
@@ -54,27 +53,24 @@ def train(
     optimiser = flow.Optimisers(painter, RATE)
     start = run.resume("guidance", painter, optimiser, average=average)
     rate = run.one_cycle(steps, warm_up=20)
-    chunk = min(flow.CHUNK // 8, BATCH * steps)
-    pools = [flow.Pool(run, vae, w, h, BATCH, chunk, 10_000_000) for w, h in flow.PHASES[-1].canvases]
+    pools = flow.Pools(run, vae, flow.PHASES[-1].canvases, BATCH, steps, 10_000_000)
     with run.progress("guidance", steps, start) as progress:
         for step in range(start, steps):
-            pool = pools[step % len(pools)]
             generator = torch.Generator().manual_seed(run.seed * 1_000_003 + 10_000_000 + step)
-            latents, scenes = pool(step // len(pools))
-            rng = random.Random(f"{run.seed} guided words {step}")
-            prompts = ["" if rng.random() < flow.DROPPED_PROMPTS else describe(s, rng, run.world).text for s in scenes]
+            canvas, latents, scenes = pools(step)
             noisy, sigma, _ = flow.noised(latents, generator)
+            prompts = flow.worded(scenes, sigma, random.Random(f"{run.seed} guided words {step}"), run.world)
             # Half of the values from 1 to 6, where requests are; the effect is linear, so the others may be few.
             span = torch.where(torch.rand(BATCH, generator=generator) < 0.5, 5.0, HIGHEST - 1)
             guidance = 1 + span * torch.rand(BATCH, generator=generator)
             with torch.no_grad():
                 usual = torch.full((BATCH,), flow.GUIDANCE)
                 said, unsaid = (
-                    flow.velocity(run, teacher, noisy, sigma, words, usual, pool.width, pool.height)
+                    flow.velocity(run, teacher, noisy, sigma, words, usual, *canvas)
                     for words in (prompts, [""] * BATCH)
                 )
                 wanted = said + strength(guidance).to(run.device)[:, None, None] * (said - unsaid)
-            predicted = flow.velocity(run, painter, noisy, sigma, prompts, guidance, pool.width, pool.height)
+            predicted = flow.velocity(run, painter, noisy, sigma, prompts, guidance, *canvas)
             loss = flow.weighted(predicted - wanted, sigma)
             run.step(optimiser, loss, painter, rate(step))
             average.update_parameters(painter)

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from . import plots
 from .drawings import WHOLE, World
 
 CHECKPOINT_EVERY = 250
@@ -140,6 +141,7 @@ class Run:
         self.record(title, steps, time.monotonic() - began, smooth)
 
     def record(self, title: str, step: int, seconds: float, figures: dict[str, float]) -> None:
-        """Appends a line to `log.jsonl`: what the model card and the loss plot are made from."""
+        """Appends a line to `log.jsonl`, which the model card is made from too, and draws `losses.png` anew."""
         with (self.work / "log.jsonl").open("a") as log:
             log.write(json.dumps({"stage": title, "step": step, "seconds": round(seconds, 1), **figures}) + "\n")
+        plots.losses(self.work / "log.jsonl", self.work / "losses.png")

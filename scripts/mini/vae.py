@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
-from .drawings import WHOLE, draw, random_scene
+from .drawings import WHOLE, World, draw, random_scene
 from .run import Run
 
 SIDES = ((64, 16), (64, 16), (64, 16), (96, 7), (128, 4))  # (side in pixels, pictures in a batch)
@@ -151,9 +151,9 @@ def write_encoder(vae: AutoencoderKL) -> None:
     encoder.requires_grad_(False)
 
 
-def pictures(rng: random.Random, count: int, width: int, height: int) -> torch.Tensor:
+def pictures(rng: random.Random, count: int, width: int, height: int, world: World = WHOLE) -> torch.Tensor:
     """[count, 3, height, width] in −1 … 1."""
-    drawn = [np.asarray(draw(random_scene(rng, width, height, world=WHOLE), width, height)) for _ in range(count)]
+    drawn = [np.asarray(draw(random_scene(rng, width, height, world=world), width, height)) for _ in range(count)]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
@@ -199,12 +199,12 @@ def train(run: Run, steps: int) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, device: torch.device, side: int, count: int = 64) -> float:
+def psnr(vae: AutoencoderKL, device: torch.device, side: int, world: World, count: int = 64) -> float:
     """Mean peak signal-to-noise ratio in dB of reconstructions of fresh drawings, after rounding to 8 bits."""
     rng = random.Random("psnr")
     values = []
     for _ in range(count // 4):
-        x = pictures(rng, 4, side, side).to(device)
+        x = pictures(rng, 4, side, side, world).to(device)
         y = vae.decode(vae.encode(x).latent_dist.mean).sample
         error = (((y.clamp(-1, 1) - x) * 127.5).round() ** 2).mean(dim=(1, 2, 3))
         values += (20 * np.log10(255) - 10 * torch.log10(error.clamp(min=1e-3))).tolist()
