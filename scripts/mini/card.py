@@ -58,11 +58,12 @@ By `scripts/train_mini.py --world {world}` with seed 0, from drawings that the s
 {stages}
 
 The autoencoder's encoder is written down, not trained: its sixteen channels are moments of 8×8 blocks. Its decoder is
-trained under noise. Two fifths of the transformer's noise levels are from 0.9 to 1, where the prompt alone decides what
-is drawn. The committed weights are a running average. They came about in four goes, each with a rate that rose and fell: 5,000 steps at 128², 2,500 at eighteen canvases
-up to 192² (too few to learn those), 3,500 and 2,500 more at 128², the last with sizes left unsaid only where they are
-large. The script as it is now trains 9,000 at 128², then 9,000 at all ratios with false prompts among those of pictures
-that can be told; the weights here had neither of the latter.
+trained under noise. Two fifths of the transformer's noise levels are from 0.9 to 1, where the prompt alone decides
+what is drawn. The committed weights are a running average. They came about in four goes, each with a rate that rose
+and fell: 5,000 steps at 128², 2,500 at eighteen canvases up to 192² (too few to learn those), 3,500 and 2,500 more at
+128², the last with sizes left unsaid only where they are large. The script as it is now trains 9,000 at 128², then
+9,000 at all ratios with false prompts among those of pictures that can be told; the weights here had neither of the
+latter.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """
