@@ -12,6 +12,7 @@ import pytest
 import torch
 from mini import flow
 from mini.drawings import FIRST, Scene, random_scene
+from mini.text import byte_pairs
 
 from tests.servers import ROOT
 
@@ -32,6 +33,7 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     first, vocabulary = weights.read_bytes(), tokenizer.read_bytes()
     assert (work / "losses.png").stat().st_size > 1000
+    assert len(list(work.glob("samples-*.png"))) == 1
     weights.unlink()
     run("--scale", "0.001", "--eager")
     assert weights.read_bytes() == first, "a run that has ended must not train on"
@@ -58,3 +60,12 @@ def test_prompts_are_false_only_where_the_picture_can_be_told() -> None:
     assert shares(1.0)["other"] < 0.02 * len(scenes)
     assert 0.25 * len(scenes) < shares(0.3)["other"] < 0.32 * len(scenes)
     assert all(0.08 * len(scenes) < shares(level)["none"] < 0.12 * len(scenes) for level in (0.3, 1.0))
+
+
+def test_merges_do_not_depend_on_the_order_of_words() -> None:
+    words = {"low": 10, "lot": 10, "new": 10, "net": 10, "rare": 3}
+    merges = byte_pairs(Counter(words))
+    assert merges == byte_pairs(Counter(dict(reversed(words.items()))))
+    assert merges[:2] == [("l", "o"), ("n", "e")]
+    assert {"".join(pair) for pair in merges} >= {"low</w>", "lot</w>", "new</w>", "net</w>"}
+    assert ("r", "a") not in merges

@@ -6,15 +6,15 @@ the real model needs to know the difference.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
 import string
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from .drawings import COLOURS, SHAPES, WHOLE, describe, random_scene
@@ -22,6 +22,7 @@ from .drawings import COLOURS, SHAPES, WHOLE, describe, random_scene
 T5_LENGTH = 32
 CLIP_LENGTH = 77
 SENTENCES = 20_000
+END, FREQUENT = "</w>", 8  # what ends a word in CLIP's vocabulary; how often a pair is met to become one token
 # Words that no drawing uses, so that a sentence with them still reads as words and not as letters.
 OTHER_WORDS = re.findall(
     r"\S+",
@@ -42,31 +43,43 @@ def sentences(seed: int) -> Iterator[str]:
 
 def clip_tokenizer(seed: int) -> CLIPTokenizer:
     """Byte-level BPE: any text has tokens, known words have one."""
-    blank = CLIPTokenizer()
-    trained = Tokenizer(models.BPE(unk_token="<|endoftext|>", continuing_subword_prefix="", end_of_word_suffix="</w>"))
-    trained.normalizer = blank.backend_tokenizer.normalizer
-    trained.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trained.train_from_iterator(
-        sentences(seed),
-        trainers.BpeTrainer(
-            vocab_size=1280, initial_alphabet=alphabet, end_of_word_suffix="</w>", min_frequency=8, show_progress=False
-        ),
-    )
-    found = trained.get_vocab()
-    # A byte at the end of a word is a token of its own; the trainer adds those that it met, in any order.
-    last_bytes = [byte + "</w>" for byte in sorted(alphabet)]
-    others = [token for token in sorted(found, key=found.__getitem__) if token not in last_bytes]
-    met = [token for token in last_bytes if token in found]
-    tokens = [*others[: len(alphabet)], *met, *others[len(alphabet) :]]
-    tokens += [token for token in last_bytes if token not in found]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    merges = json.loads(trained.to_str())["model"]["merges"]
+    blank = CLIPTokenizer().backend_tokenizer
+    words: Counter[str] = Counter()
+    for line in sentences(seed):
+        pieces = blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(line))
+        words.update(piece for piece, _ in pieces)
+    merges = byte_pairs(words)
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*bytes_, *(byte + END for byte in bytes_), *("".join(pair) for pair in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=[tuple(pair) for pair in merges],
-        model_max_length=CLIP_LENGTH,
+        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=CLIP_LENGTH
     )
+
+
+def byte_pairs(words: Counter[str]) -> list[tuple[str, str]]:
+    """Merges of byte-pair encoding (arXiv 1508.07909): the neighbours met most often, down to FREQUENT times.
+
+    Among equals the first in the alphabet, so that the same words give the same numbers in every process; the trainer
+    of `tokenizers` lets a hash table decide.
+    """
+    spelt = {word: [*word[:-1], word[-1] + END] for word in words}
+    merges: list[tuple[str, str]] = []
+    while True:
+        met: Counter[tuple[str, str]] = Counter()
+        for word, parts in spelt.items():
+            for pair in pairwise(parts):
+                met[pair] += words[word]
+        best = min(met, key=lambda pair: (-met[pair], pair), default=None)
+        if best is None or met[best] < FREQUENT:
+            return merges
+        merges.append(best)
+        for parts in spelt.values():
+            at = 0
+            while at < len(parts) - 1:
+                if (parts[at], parts[at + 1]) == best:
+                    parts[at : at + 2] = ["".join(best)]
+                at += 1
 
 
 def t5_tokenizer(seed: int) -> T5TokenizerFast:
