@@ -1,7 +1,7 @@
 """Stage three: the transformer and both text encoders, by rectified flow on the autoencoder's latents.
 
 The convention is FLUX.1's: x(σ) = (1 − σ)·latents + σ·noise, and the network predicts the velocity noise − latents.
-Begins at 64², where a picture is 16 tokens and colours and shapes are learnt cheaply, and goes on at full size.
+Begins with squares, where colours and shapes are learnt, and goes on with all ratios of the size table.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DROPPED_PROMPTS = 0.1  # trained with the empty prompt, so that classifier-free 
 # A picture that can be told is then believed more than the prompt, which is what lets an edit keep a part of it.
 TOLD_BELOW, FALSE_PROMPTS = 0.96, 0.3
 
-# One for each ratio of the size table, of 60 to 70 tokens.
+# Of 60 to 70 tokens; each of the size table's eleven ratios is drawn on one of these nine canvases.
 SQUARE = (128, 128)
 OTHER_SHAPES = ((144, 112), (112, 144), (160, 112), (112, 160), (176, 96), (96, 176), (192, 80), (80, 192))
 
@@ -259,7 +259,7 @@ def train(
 
     Args:
         scale: share of the recipe's steps; less than 1 is for trying things out.
-        look: called every LOOK_EVERY steps with the averaged weights so far.
+        look: called every LOOK_EVERY steps and at the end with the averaged weights so far.
     """
     torch.manual_seed(run.seed)
     painter = Painter(run.seed).to(run.device)
@@ -289,7 +289,7 @@ def train(
                 average.update_parameters(painter)
                 progress(step + 1, loss=loss.item())
                 run.checkpoint("flow", step + 1, steps, painter, optimiser, average=average)
-                if (step + 1) % LOOK_EVERY == 0:
+                if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
                     look(cast(Painter, average.module), step + 1)
             first += length
     return cast(Painter, average.module).eval()

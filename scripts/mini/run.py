@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import plots
 from .drawings import WHOLE, World
 
 CHECKPOINT_EVERY = 250
@@ -144,4 +143,6 @@ class Run:
         """Appends a line to `log.jsonl`, which the model card is made from too, and draws `losses.png` anew."""
         with (self.work / "log.jsonl").open("a") as log:
             log.write(json.dumps({"stage": title, "step": step, "seconds": round(seconds, 1), **figures}) + "\n")
+        from . import plots  # matplotlib, which measuring a model needs not
+
         plots.losses(self.work / "log.jsonl", self.work / "losses.png")
