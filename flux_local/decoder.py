@@ -16,7 +16,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Literal
 
-from flux_local.errors import InvalidImage
+from flux_local.errors import InternalError, InvalidImage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,6 +49,7 @@ class SafeDecoder:
 
         Raises:
             InvalidImage: not a picture, too large, a mask without alpha, or one that the decoder died of.
+            InternalError: no process could be started.
         """
         async with self._slots:
             process = await self._take()
@@ -65,13 +66,25 @@ class SafeDecoder:
 
     async def close(self) -> None:
         if self._spare is not None:
-            with contextlib.suppress(ProcessLookupError):
-                (await self._spare).kill()
+            with contextlib.suppress(OSError):  # gone already, or never started
+                process = await self._spare
+                process.kill()
+                await process.communicate()
 
     async def _take(self) -> asyncio.subprocess.Process:
-        spare = self._spare or asyncio.create_task(self._start())
-        process = await spare
-        self._spare = asyncio.create_task(self._start())
+        """A process of the caller's own. The spare is taken before anything is awaited, so that no two get the same."""
+        spare, self._spare = self._spare, None
+        process = None
+        if spare is not None:
+            with contextlib.suppress(OSError):
+                process = await spare
+        try:
+            if process is None or process.returncode is not None:
+                process = await self._start()
+        except OSError as error:
+            raise InternalError("The server cannot start the process that reads pictures. Ask its operator.") from error
+        if self._spare is None:
+            self._spare = asyncio.create_task(self._start())
         return process
 
     async def _start(self) -> asyncio.subprocess.Process:
