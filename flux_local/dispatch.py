@@ -21,6 +21,7 @@ import msgspec
 from flux_local.errors import (
     BY_CODE,
     DeadlineExceeded,
+    Draining,
     EngineDead,
     EngineRestarting,
     InternalError,
@@ -38,7 +39,7 @@ REFUSED_FOR = 3600.0
 """Seconds for which a request that brought down so many is refused."""
 BATCH_GAIN = 0.5
 """What pictures that share steps cost at least, of what they cost alone."""
-OUTSIDE_TRIES = 10
+OUTSIDE_TRIES = 3
 """Times that a picture is handed to another engine through no fault of its own."""
 
 log = logging.getLogger("flux_local.dispatch")
@@ -102,7 +103,7 @@ class Dispatcher:
         self.held: dict[str, Held] = {}
         self.refused: dict[bytes, float] = {}
         self.token_seconds = 1e-4
-        self.dead: asyncio.Future[EngineDead] = asyncio.get_running_loop().create_future()
+        self.dead: asyncio.Future[StartError] = asyncio.get_running_loop().create_future()
         self.engines = [
             Supervisor(folder, device, limits.patience, limits.max_falls, limits.window,
                        options=options, busy=self._owes, on_message=self._on_message, on_ready=self._on_ready,
@@ -188,11 +189,11 @@ class Dispatcher:
 
         Raises:
             DeadlineExceeded: it would take far longer than that even if nothing else were there. RateLimited: too
-            much waits. NotReady: the engines are still starting, or the server stops. An engine that is being replaced
-            refuses nothing: what is admitted meanwhile waits for it.
+            much waits. NotReady: the engines are still starting. Draining: the server stops. An engine that is being
+            replaced refuses nothing: what is admitted meanwhile waits for it.
         """
         if self.draining:
-            raise NotReady("The server is stopping. Send the request to another one, or try again.", retry_after=5)
+            raise Draining("The server is stopping. Send the request to another one, or try again.", retry_after=5)
         if not self.started:
             raise NotReady("The model is still loading. Try again in a few seconds.", retry_after=5)
         alone = work * self.token_seconds * BATCH_GAIN / len(self.engines)
@@ -214,8 +215,8 @@ class Dispatcher:
         jobs = [p for p in self.pending.values() if owner in (None, p.job.owner)]
         held = [h for h in self.held.values() if owner in (None, h.owner)]
         waiting = len(jobs) + sum(h.pictures for h in held)
-        tokens = sum(p.steps_left * p.job.tokens for p in jobs) + sum(h.work for h in held)
-        seconds = tokens * self.token_seconds / len(self.engines)
+        ahead = sum(map(self._cost, jobs)) + sum(h.work for h in held) * self.token_seconds
+        seconds = ahead / len(self.engines)
         over = seconds + work * self.token_seconds / len(self.engines) - share * self.limits.seconds
         too_many = waiting + pictures - max(1, share * self.limits.pictures)
         # A request that nothing is before is taken however long it is.
@@ -286,16 +287,18 @@ class Dispatcher:
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         """One engine is given up: its pictures go to the others; without others the server has to end."""
-        if task.cancelled():
+        if task.cancelled() or (error := task.exception()) is None:
             return
-        error = task.exception()
-        if isinstance(error, EngineDead) and all(t.done() for t in self._running):
-            for pending in list(self.pending.values()):
-                self._settle(pending, InternalError("The engine cannot be started. Ask the server's operator."))
-            if not self.dead.done():
-                self.dead.set_result(error)
-        elif error is not None:
-            log.error("%s", error.message if isinstance(error, StartError) else error)
+        if not isinstance(error, StartError):
+            log.error("an engine's guardian failed", exc_info=error)
+            error = EngineDead("An engine's guardian failed. The log above says how; start the server again.")
+        if not all(t.done() for t in self._running):
+            log.error("%s", error.message)
+            return
+        for pending in list(self.pending.values()):
+            self._settle(pending, InternalError("The engine cannot be started. Ask the server's operator."))
+        if not self.dead.done():
+            self.dead.set_result(error)
 
     def _settle(self, pending: Pending, result: Done | Exception) -> None:
         self.pending.pop(pending.job.id, None)
@@ -338,6 +341,6 @@ def work_of(job: Job) -> int:
 
 
 def fingerprint(job: Job) -> bytes:
-    """What makes two jobs the same work."""
-    same = msgspec.structs.replace(job, id="", serial=0, owner="", deadline=None, alone=False, partials=0)
+    """What makes two jobs the same work; the seed, which is another one each time where none is given, does not."""
+    same = msgspec.structs.replace(job, id="", serial=0, owner="", deadline=None, alone=False, partials=0, seed=0)
     return hashlib.sha256(msgspec.msgpack.encode(same)).digest()

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from flux_local.model.denoiser import Picture
     from flux_local.model.loader import Pipeline
     from flux_local.model.safety import SafetyChecker
-    from flux_local.model.text import PromptEmbedding
+    from flux_local.model.text import Encode
 
 BATCH_ROWS = 4
 """Rows of a batch at most. On two CPU cores four small pictures take twice the time of one, eight gain nothing more."""
@@ -127,8 +127,10 @@ class Engine:
 
     def schedule(self, job: Job, arrived: float) -> None:
         cost = job.tokens * self.seconds_per_token
-        canvas, steps, family = (job.width, job.height), job.steps_computed, (job.go_fast, job.loras)
-        self.scheduler.add(Entry(job.id, canvas, steps, cost, arrived, job.owner, job.rows, job.alone, family))
+        canvas, steps, family = (job.width, job.height), job.steps_computed, (job.go_fast, job.loras, job.max_length)
+        self.scheduler.add(
+            Entry(job.id, canvas, steps, cost, arrived, job.owner, job.rows, job.alone, family, job.loras)
+        )
 
     def drop(self, id: str) -> None:
         self.work.pop(id, None)
@@ -185,7 +187,7 @@ class Engine:
             return True
         canvas = (batch[0].job.width, batch[0].job.height)
         assert batch[0].picture is not None
-        self.pulse.enter(Phase.PROVE)
+        self.pulse.enter(Phase.PROVE, tuple(work.job.serial for work in batch))
         try:
             proved = self.pipeline.denoiser_for(batch[0].job.go_fast).independent(
                 *canvas, rows, batch[0].picture.prompt
@@ -193,8 +195,10 @@ class Engine:
         except Exception as error:
             from flux_local.model import memory
 
-            if not memory.is_exhausted(error):
+            if memory.is_fatal(error):
                 raise
+            if not memory.is_exhausted(error):
+                log.exception("a proof failed")
             proved = False
         if not proved:
             log.warning("batches of %d on %dx%d would change bits or do not fit; smaller ones are used", rows, *canvas)
@@ -211,8 +215,7 @@ class Engine:
             self.fail(work, error)
             return
         except Exception as error:  # the boundary of a request
-            log.exception("a picture could not be begun")
-            self.fail(work, InternalError(f"The model failed ({type(error).__name__}). Try again."))
+            self.failed([work], error)
             return
         work.begun = time.monotonic()
         work.encode_s = work.begun - started
@@ -227,7 +230,7 @@ class Engine:
             self.pipeline.adapt(batch[0].job.loras, batch[0].job.go_fast)
             self.pipeline.denoiser_for(batch[0].job.go_fast, batch[0].careful).advance(pictures)
         except Exception as error:  # the boundary of a request: whatever the model raises costs its batch only
-            self.step_failed(batch, error)
+            self.failed(batch, error)
             return
         seconds = time.monotonic() - started
         self.measure(batch, seconds)
@@ -245,7 +248,7 @@ class Engine:
             elif step in work.partial_steps:
                 self.decode(work, work.picture.estimate(), work.partial_steps.index(step))
 
-    def step_failed(self, batch: list[Work], error: Exception) -> None:
+    def failed(self, batch: list[Work], error: Exception) -> None:
         """Out of memory, a batch is tried again in smaller ones, and a picture alone once more; else its jobs fail.
 
         A device that is lost ends the process: its supervisor starts another and places the work anew.
@@ -255,7 +258,7 @@ class Engine:
         if memory.is_fatal(error):
             raise error
         if not memory.is_exhausted(error):
-            log.error("a step of %d pictures failed", len(batch), exc_info=error)
+            log.error("%d pictures failed", len(batch), exc_info=error)
             for work in batch:
                 self.fail(work, InternalError(f"The model failed ({type(error).__name__}). Try again."))
             return
@@ -303,8 +306,10 @@ class Engine:
             if partial is None:
                 self.decode_failed(work)
         except Exception as error:  # the boundary of a request
-            log.exception("decoding failed")
-            self.fail(work, InternalError(f"Decoding failed ({type(error).__name__}). Try again."))
+            del self.decoding[first]
+            self.failed([work], error)
+            if id in self.work and partial is None and work.picture is not None:
+                self.decode(work, work.picture.latents)
 
     def give_out(self, decoded: Decoding, pixels: bytes) -> None:
         id, partial = decoded
@@ -359,7 +364,7 @@ class Engine:
         self.channel.send(Failed(work.job.id, answer_for(error).code, error.message, error.param))
 
 
-def begin(pipeline: Pipeline, job: Job, encode: Callable[[str], PromptEmbedding]) -> Picture:
+def begin(pipeline: Pipeline, job: Job, encode: Encode) -> Picture:
     """The job's picture before its first step.
 
     Raises:
@@ -367,8 +372,9 @@ def begin(pipeline: Pipeline, job: Job, encode: Callable[[str], PromptEmbedding]
     """
     pipeline.adapt(job.loras, job.go_fast)
     return pipeline.begin(
-        encode(job.prompt), job.width, job.height, seed=job.seed, steps=job.steps, guidance=job.guidance,
+        encode(job.prompt, job.prompt_2, job.max_length), job.width, job.height,
+        seed=job.seed, steps=job.steps, guidance=job.guidance,
         image=job.image, mask=job.mask, skip=job.skip, true_cfg_scale=job.true_cfg_scale, go_fast=job.go_fast,
         computed=job.computed,
-        negative=None if job.negative_prompt is None else encode(job.negative_prompt),
+        negative=None if job.negative_prompt is None else encode(job.negative_prompt, None, job.max_length),
     )  # fmt: skip

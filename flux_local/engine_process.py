@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from flux_local import weights
 from flux_local.engine import BATCH_ROWS, FULL_AT_TOKENS, Engine
-from flux_local.errors import StartError
+from flux_local.errors import SettingsError, StartError
 from flux_local.messages import EngineChannel, Ready, StartFailed
 from flux_local.params import ModelInfo
 from flux_local.pulse import Phase, Pulse
@@ -29,19 +29,25 @@ if TYPE_CHECKING:
     from flux_local.model.loader import Pipeline
     from flux_local.model.safety import SafetyChecker
 
+SLOW_ON_A_CPU = 4 << 30
+"""Bytes of weights."""
+
+log = logging.getLogger("flux_local.engine")
+
 
 def warm_up(pipeline: Pipeline, info: ModelInfo) -> float:
-    """Draws the picture that a first request would ask for, in two steps, and proves the batches of its canvas in each
-    precision; returns the seconds of the second step."""
+    """Draws the picture that a first request would ask for in each precision, in two steps, and proves the batches of
+    its canvas; returns the seconds of the last step."""
     width, height = canvas_for(table_size("1:1", "1K"), info.canvas)
     prompt = pipeline.text.encode("warm-up")
-    picture = pipeline.begin(prompt, width, height, seed=0, steps=2, guidance=1.0)
-    pipeline.denoiser.advance([picture])
-    pipeline.denoiser.finish()
-    started = time.monotonic()
-    pipeline.denoiser.advance([picture])
-    pipeline.denoiser.finish()
-    seconds = time.monotonic() - started
+    for precision in reversed(pipeline.precisions):  # the model's own last: its time is the one that counts
+        go_fast = precision == "fp8"
+        picture = pipeline.begin(prompt, width, height, seed=0, steps=2, guidance=1.0, go_fast=go_fast)
+        for _ in range(2):
+            started = time.monotonic()
+            pipeline.denoiser_for(go_fast).advance([picture])
+            pipeline.denoiser_for(go_fast).finish()
+            seconds = time.monotonic() - started
     pipeline.vae.decode(picture.latents, width, height)
     rows = 2
     while rows <= BATCH_ROWS and rows * width * height // 256 <= FULL_AT_TOKENS:
@@ -55,14 +61,22 @@ def pick_device(asked: str) -> str:
     """`auto` is the first GPU, or the CPU.
 
     Raises:
-        StartError: a device that torch does not see.
+        StartError: torch sees no GPU. SettingsError: no such device.
     """
     import torch
 
     if asked == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if asked.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise SettingsError(f"'{asked}' is no device that can be drawn on. Use 'auto', 'cpu', or a GPU like 'cuda:0'.")
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise StartError(f"Device '{asked}' asked for, but torch sees no GPU. Use --devices cpu, or mend the driver.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"There is no '{asked}': torch sees {torch.cuda.device_count()} GPUs, from cuda:0 on.")
     return asked
 
 
@@ -76,6 +90,8 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
         device = pick_device(options.device)
         info = weights.info(options.model)
         checkpoint = weights.identify(options.model)
+        if device == "cpu" and checkpoint.nbytes > SLOW_ON_A_CPU:
+            log.warning("torch sees no GPU: a model of %.0f GB will be very slow on the CPU", checkpoint.nbytes / 1e9)
         pipeline = load(
             checkpoint, device, options.precisions, options.reference, options.memory,
             info.canvas.max_area, options.cache, options.fp8_attention,
@@ -129,8 +145,9 @@ def main() -> int:
     parser.add_argument("--safety-threshold", type=float, default=0.5)
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    # The server decides when its engine ends; a Ctrl-C in the terminal reaches both.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The server decides when its engine ends; a Ctrl-C in the terminal, or a service manager's signal, reaches both.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     channel = EngineChannel(socket.socket(fileno=options.fd))

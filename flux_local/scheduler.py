@@ -18,6 +18,10 @@ AGEING = 0.5
 """Of the seconds a job has waited, the share taken off its remaining cost. A job of R seconds that has waited R /
 AGEING yields to no job that comes later, so it waits at most that long and for what was there before."""
 
+QUANTUM = 1.0
+"""Seconds of the device between two changes of weights, as long as there is work for those that are in place: changing
+them takes a tenth of that or more."""
+
 Canvas = tuple[int, int]
 RANK = attrgetter("rank")
 RowsLimit = Callable[[Canvas], int]
@@ -27,7 +31,8 @@ RowsLimit = Callable[[Canvas], int]
 class Entry:
     """A job as the scheduler sees it.
 
-    `family`: what else jobs must share to share a step, such as their precision. `rows` of a batch that it takes: two
+    `family`: what else jobs must share to share a step, such as their precision. `weights`: what the model's weights
+    have to be changed to for them. `rows` of a batch that it takes: two
     with real classifier-free guidance. `step_cost`: seconds for a step of it alone. `alone`: shares no batch, because
     one that it was in has failed.
     """
@@ -41,6 +46,7 @@ class Entry:
     rows: int = 1
     alone: bool = False
     family: Hashable = None
+    weights: Hashable = None
     order: int = field(init=False, default=0)
     kind: Hashable = field(init=False)
     """What jobs must have in common to share a step."""
@@ -69,6 +75,8 @@ class Scheduler:
         self.entries: dict[str, Entry] = {}
         self.served: dict[str, float] = {}
         self._order = 0
+        self._weights: Hashable = None
+        self._since_change = 0.0
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -96,6 +104,12 @@ class Scheduler:
         entries, served = self.entries.values(), self.served
         least = min(served[owner] for owner in {entry.owner for entry in entries})
         first = min((entry for entry in entries if served[entry.owner] == least), key=RANK)
+        if first.weights != self._weights:
+            staying = [entry for entry in entries if entry.weights == self._weights]
+            if staying and self._since_change < QUANTUM:
+                first = min(staying, key=lambda entry: (served[entry.owner], entry.rank))
+            else:
+                self._weights, self._since_change = first.weights, 0.0
         limit = self.rows_limit(first.canvas)
         if limit == 1:
             return [first.id]
@@ -118,4 +132,5 @@ class Scheduler:
         entry.steps_left -= 1
         entry.update_rank()
         self.served[entry.owner] += seconds
+        self._since_change += seconds
         return entry.steps_left

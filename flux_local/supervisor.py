@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flux_local.errors import EngineDead, StartError
-from flux_local.messages import HEADER, FromEngine, Ready, StartFailed, ToEngine, decode_from_engine, frame
+from flux_local.messages import HEADER, Done, FromEngine, Ready, StartFailed, ToEngine, decode_from_engine, frame
 from flux_local.pulse import Phase, Pulse
 
 LOOK_EVERY = 0.2
 """Seconds between two looks at an engine that has work."""
 LOAD_LIMIT = 1800.0
 """Seconds that loading and warming up may take."""
+REAP_SECONDS = 10.0
 FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 """Signals that somebody else sends: no request is to blame for them."""
 
@@ -47,7 +48,7 @@ class Supervisor:
 
     Args:
         patience: seconds that a phase of work may take before the engine counts as hung.
-        max_falls, window: so many falls in so many seconds, and it is given up.
+        max_falls, window: so many falls in so many seconds without a finished picture, and it is given up.
         options: more of the engine program's own.
         busy: whether the engine owes anything; an idle engine's silence is no hang.
     """
@@ -103,7 +104,7 @@ class Supervisor:
                     if not started.done():
                         started.set_exception(error)
                         return
-                    self._kill()
+                    await self._kill()
                     log.error("the engine on %s did not start: %s", self.device, error.message)
                 else:
                     if not started.done():
@@ -112,7 +113,7 @@ class Supervisor:
                     await self._serve(reader)
                 await self._pause()
         finally:
-            self._kill()
+            await self._kill()
 
     def send(self, message: ToEngine) -> None:
         """Nothing happens if the engine is down."""
@@ -126,18 +127,19 @@ class Supervisor:
         try:
             with contextlib.suppress(EOFError):
                 while True:
-                    self.on_message(self, await self._receive(reader))
+                    message = await self._receive(reader)
+                    if isinstance(message, Done):
+                        self._falls.clear()  # it falls now and then, but in between it works
+                    self.on_message(self, message)
         finally:
             watch.cancel()
         self.ready = None
         assert self.process is not None and self._pulse is not None  # noqa: PT018
         state = self._pulse.read()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.5)
-        code = self.process.returncode
+        code = await ended(self.process, 0.5)
         inside = self._hung or code is None or code >= 0 or -code not in FROM_OUTSIDE
         why = "hung" if self._hung else f"ended ({signal.Signals(-code).name if code and code < 0 else code})"
-        self._kill()
+        await self._kill()
         log.error("the engine on %s %s while in phase %s; starting another", self.device, why, state.phase.name)
         self.on_fall(self, Fall(state.serials, inside, why))
 
@@ -152,7 +154,10 @@ class Supervisor:
                 since = max(since, self.sent)
             if self.busy(self) and time.monotonic() - since > self.patience:
                 self._hung = True
+                self.ready = None
                 self.process.kill()
+                if self._writer is not None:
+                    self._writer.transport.abort()  # a process that a driver holds on to may outlive its own end
                 return
 
     async def _pause(self) -> None:
@@ -179,6 +184,31 @@ class Supervisor:
         Raises:
             StartError: with the exit code that fits.
         """
+        try:
+            reader = await self._spawn()
+        except OSError as error:
+            raise StartError(f"The engine process cannot be started: {error.strerror or error}.") from error
+        try:
+            async with asyncio.timeout(LOAD_LIMIT):
+                message = await self._receive(reader)
+        except EOFError:
+            raise StartError("The engine process ended while loading. Its last words are above.") from None
+        except TimeoutError:
+            raise StartError("The engine process did not finish loading.") from None
+        if isinstance(message, StartFailed):
+            failed = StartError(message.message)
+            failed.exit_code = message.exit_code
+            raise failed
+        assert isinstance(message, Ready)
+        if self.ready_once is None:
+            # What comes after a crash is laid out as the first was, though the memory that is free may tempt otherwise.
+            self.options += ["--memory", message.tier]
+        self.ready = self.ready_once = message
+        self.on_ready(self)
+        return reader
+
+    async def _spawn(self) -> asyncio.StreamReader:
+        """The process, and our end of the socket to it."""
         ours, theirs = socket.socketpair()
         self._hung = False
         self._pulse = Pulse()
@@ -190,23 +220,6 @@ class Supervisor:
         )
         theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        try:
-            async with asyncio.timeout(LOAD_LIMIT):
-                message = await self._receive(reader)
-        except EOFError:
-            raise StartError("The engine process ended while loading. Its last words are above.") from None
-        except TimeoutError:
-            raise StartError("The engine process did not finish loading.") from None
-        if isinstance(message, StartFailed):
-            error = StartError(message.message)
-            error.exit_code = message.exit_code
-            raise error
-        assert isinstance(message, Ready)
-        if self.ready_once is None:
-            # What comes after a crash is laid out as the first was, though the memory that is free may tempt otherwise.
-            self.options += ["--memory", message.tier]
-        self.ready = self.ready_once = message
-        self.on_ready(self)
         return reader
 
     async def _receive(self, reader: asyncio.StreamReader) -> FromEngine:
@@ -214,18 +227,27 @@ class Supervisor:
         try:
             (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
             return decode_from_engine(await reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionResetError) as error:
+        except (asyncio.IncompleteReadError, OSError) as error:
             raise EOFError from error
 
-    def _kill(self) -> None:
+    async def _kill(self) -> None:
         self.ready = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            if await ended(process, REAP_SECONDS) is None:
+                log.error("the engine process %d on %s cannot be ended; see to its device", process.pid, self.device)
         if self._pulse is not None:
             self._pulse.close()
             self._pulse = None
+
+
+async def ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code of a process that ends within so many seconds. Waits for it without holding anybody up."""
+    until = time.monotonic() + seconds
+    while (code := process.poll()) is None and time.monotonic() < until:
+        await asyncio.sleep(0.01)
+    return code

@@ -245,6 +245,16 @@ def test_two_engines_share_the_work(tmp_path: Path) -> None:
         assert pictures(answers[2]) == pictures(server.post(bodies[2]))
         engines[0].kill()
         assert [a.status_code for a in all_at_once(server, bodies)] == [200] * 4
+        eventually(lambda: len(server.engines()) == 2)
+        server.wait_ready()
+
+        def strike() -> None:
+            eventually(lambda: running_now(server))
+            for engine in server.engines():
+                engine.kill()
+
+        answers = all_at_once(server, [{**body, "steps": 80} for body in bodies], strike)
+        assert [answer.status_code for answer in answers] == [200] * 4, "both at once, too"
 
 
 def test_more_than_can_be_promised_is_refused_with_an_honest_time(tmp_path: Path) -> None:

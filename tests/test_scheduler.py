@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from flux_local.scheduler import AGEING, Entry, Scheduler
+from flux_local.scheduler import AGEING, QUANTUM, Entry, Scheduler
 
 
 def entry(
-    id: str, steps: int, width: int = 128, cost: float = 1.0, arrived: float = 0.0, owner: str = "", **more: int
+    id: str, steps: int, width: int = 128, cost: float = 1.0, arrived: float = 0.0, owner: str = "", **more: object
 ) -> Entry:
     return Entry(id, (width, 128), steps, cost, arrived, owner, **more)  # type: ignore[arg-type]
 
@@ -86,6 +88,19 @@ def test_absence_earns_no_credit() -> None:
         scheduler.stepped(id, 1.0)
         turns.append(id)
     assert turns.count("a") == 10
+
+
+def test_weights_stay_for_a_while() -> None:
+    """Two keys, each with adapters of its own: fair, but not by a change of weights at every step."""
+    scheduler = filled(1, entry("a", 100, owner="x", weights="A"), entry("b", 100, owner="y", weights="B"))
+    turns = []
+    for _ in range(100):
+        (id,) = scheduler.next_batch()
+        scheduler.stepped(id, QUANTUM / 10)
+        turns.append(id)
+    changes = sum(now != before for before, now in pairwise(turns))
+    assert 8 <= changes <= 12
+    assert 40 <= turns.count("a") <= 60
 
 
 @given(
