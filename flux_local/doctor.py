@@ -39,10 +39,11 @@ def examine(settings: Settings, whole: bool = False) -> Iterator[Verdict]:
     yield found
     if whole:
         yield check("hashes", lambda: of_hashes(settings))
+    yield check("safety checker", lambda: of_safety(settings))
     yield check("data directory", lambda: of_data(settings))
     yield check("address", lambda: of_address(settings))
     for name in settings.device_list():
-        of_this = list(of_device(name))
+        of_this = list(of_device(name, settings.fp8_attention))
         yield from of_this
         if found.verdict == of_this[0].verdict == "good":
             yield check(f"memory {name}", partial(of_memory, settings, name))
@@ -72,6 +73,11 @@ def of_hashes(settings: Settings) -> str:
     return f"{len(recorded)} files are as they were downloaded"
 
 
+def of_safety(settings: Settings) -> str:
+    folder = settings.safety_folder()
+    return "none: pictures are not looked at" if folder is None else f"looks at every picture, from {folder}"
+
+
 def of_data(settings: Settings) -> str:
     from flux_local.store import Store
 
@@ -85,23 +91,27 @@ def of_data(settings: Settings) -> str:
 def of_address(settings: Settings) -> str:
     from flux_local.server import bind
 
+    keys = len(settings.keys())
     bind(settings.host, settings.port).close()
-    return f"{settings.host} port {settings.port} is free"
+    return f"{settings.host} port {settings.port} is free; API keys: {keys or 'none, open to whoever reaches it'}"
 
 
 def of_memory(settings: Settings, asked: str) -> str:
     """How the model would be laid out."""
     from flux_local.engine_process import pick_device
     from flux_local.model import memory
+    from flux_local.model.fp8 import has_products
 
     memory.free()
     path = weights.find(settings.model)
     precisions: memory.Precisions = "full" if settings.reference else settings.precisions
     sizes, largest = memory.Sizes.of(weights.identify(path)), weights.info(path).canvas.max_area
-    return str(memory.plan(sizes, memory.room(pick_device(asked)), precisions, settings.tier(), largest))
+    device = pick_device(asked)
+    emulated = not has_products(device)
+    return str(memory.plan(sizes, memory.room(device), precisions, settings.tier(), largest, emulated))
 
 
-def of_device(asked: str) -> Iterator[Verdict]:
+def of_device(asked: str, fp8_attention: bool) -> Iterator[Verdict]:
     from flux_local.engine_process import pick_device
     from flux_local.model import device
 
@@ -111,6 +121,9 @@ def of_device(asked: str) -> Iterator[Verdict]:
     except FluxError as error:
         yield Verdict(f"device {asked}", "bad", error.message)
         return
-    for finding in device.findings(name):
+    wanted = device.quantised_attention(name) if fp8_attention else []
+    without = "slow" if any(finding.good for finding in wanted) else "bad"
+    for finding in (*device.findings(name), *wanted):
         text = f"relative error {finding.error:.1e}" if finding.good else f"not used: {finding.reason}"
-        yield Verdict(finding.name, "good" if finding.good else "slow", text)
+        lacking = without if finding in wanted else "slow"
+        yield Verdict(finding.name, "good" if finding.good else lacking, text)

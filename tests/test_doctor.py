@@ -34,11 +34,12 @@ def test_everything_that_is_wrong_and_what_mends_it(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         code, found = examined(
-            tmp_path / "file", "--port", port, "--model", "no-such-model", "--devices", "cpu,cuda:7"
+            tmp_path / "file", "--port", port, "--model", "no-such-model", "--devices", "cpu,cuda:7",
+            "--safety-checker", "on", "--safety-model", str(tmp_path),
         )  # fmt: skip
     assert code == 1
     bad = {name for name, verdict in found.items() if verdict["verdict"] == "bad"}
-    assert bad == {"weights", "data directory", "address", "device cuda:7"}
+    assert bad == {"weights", "safety checker", "data directory", "address", "device cuda:7"}
     assert found["device cpu"]["verdict"] == "good"
     assert "--port" in found["address"]["text"]
     assert "--devices cpu" in found["device cuda:7"]["text"]
@@ -48,5 +49,5 @@ def test_for_people_it_is_a_table(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flux_local", "doctor", "--data-dir", str(tmp_path), "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert all(line.startswith("good  ") for line in lines)

@@ -127,6 +127,13 @@ def test_precisions_and_memory_choose(krea: Checkpoint) -> None:
     assert plan(sizes, None, "fp8") == Plan("fp8")
 
 
+def test_without_products_in_fp8_its_weights_are_no_smaller(krea: Checkpoint) -> None:
+    sizes = Sizes.of(krea)
+    real, emulated = (plan(sizes, 100 * GB, "both", "fp8", emulated=e) for e in (False, True))
+    assert emulated.needed - real.needed == sizes.blocks
+    assert (plan(sizes, 24 * GB).tier, plan(sizes, 24 * GB, emulated=True).tier) == ("fp8", "swap")
+
+
 def test_what_is_short_goes_to_the_host(krea: Checkpoint) -> None:
     roomy, short = plan(Sizes.of(krea), 33 * GB), plan(Sizes.of(krea), 21 * GB)
     assert (roomy.modulation_on_host, short.modulation_on_host) == (False, True)

@@ -108,7 +108,7 @@ class Denoiser:
     def __init__(self, transformer: Transformer) -> None:
         self.transformer = transformer
         self.dtype, self.device = transformer.dtype, transformer.device
-        self._independent: dict[tuple[int, int, int], bool] = {}
+        self._independent: dict[tuple[int, int, int, int], bool] = {}
         self._under_way: torch.cuda.Event | None = None
 
     @torch.inference_mode()
@@ -184,7 +184,7 @@ class Denoiser:
         The rows differ in noise, step and guidance, as those of strangers do. Bits that depend on the number of rows
         (another blocking of a matmul, say) show in the first step or not at all.
         """
-        key = (width, height, rows)
+        key = (width, height, rows, prompt.states.shape[1])
         if key not in self._independent:
             levels = [[1.0 - i / (2 * rows), 0.0] for i in range(rows)]
             pictures = [

@@ -9,10 +9,10 @@ import torch
 
 from flux_local.errors import StartError
 from flux_local.model.fp8 import ADA
-from flux_local.model.ops import Layout
-from flux_local.model.selfcheck import Finding, Sizes, accelerated
+from flux_local.model.ops import Ops
+from flux_local.model.selfcheck import TRIAL, Finding, Sizes, accelerated, with_fp8_attention
 
-FLUX_SIZES = Sizes(24, 128, Layout(1, 512, 1024))
+FLUX_SIZES = Sizes(24, 128, TRIAL)
 
 
 def describe(device: str) -> str:
@@ -39,6 +39,11 @@ def driver() -> str:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
     return "unknown"
+
+
+def quantised_attention(device: str) -> list[Finding]:
+    """What was found of each library for attention in fp8, up to the first that will do; nothing on a CPU."""
+    return [] if device == "cpu" else with_fp8_attention(Ops(), FLUX_SIZES, device, torch.bfloat16)[1]
 
 
 def findings(device: str) -> list[Finding]:

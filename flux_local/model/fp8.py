@@ -8,6 +8,7 @@ product the same rounding is emulated in the model's own precision: slower, but 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,10 @@ from flux_local.model.transformer import FluxTransformer
 
 ADA = (8, 9)
 """CUDA capability from which there are fp8 products."""
+PRODUCT_TOLERANCE = 1e-2
+"""Relative, of a product in fp8 against the emulation, which rounds to bf16 before it multiplies."""
+
+log = logging.getLogger("flux_local.fp8")
 
 
 def rounded(rows: Tensor) -> Tensor:
@@ -91,8 +96,30 @@ def conversion(device: torch.device, ops: Ops, native: bool | None = None) -> tu
         native: with products in fp8, or with the emulation; as the device can, if not said.
     """
     if native is None:
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= ADA
+        native = has_products(device) and agrees(device, ops)
     return (partial(Fp8Linear.of, quantise=ops.quantised), True) if native else (RoundedLinear.of, False)
+
+
+def has_products(device: torch.device | str) -> bool:
+    """Whether a device has matrix products in fp8."""
+    return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= ADA
+
+
+def agrees(device: torch.device, ops: Ops) -> bool:
+    """Whether a product in fp8 gives there what the emulation gives; one that does not is not used."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(n, 256, generator=generator).to(device, torch.bfloat16) for n in (512, 48))
+    linear = Linear(weight, torch.zeros(512, dtype=torch.bfloat16, device=device))
+    expected = RoundedLinear.of(linear)(x).float()
+    try:
+        off = (Fp8Linear.of(linear, ops.quantised)(x).float() - expected).norm() / expected.norm()
+    except RuntimeError as error:
+        log.warning("products in fp8 fail here and are emulated: %s", error)
+        return False
+    if not off <= PRODUCT_TOLERANCE:
+        log.warning("products in fp8 are off by %.1e here and are emulated", off)
+        return False
+    return True
 
 
 def in_fp8(transformer: FluxTransformer, native: bool | None = None, attention: bool = False) -> FluxTransformer:

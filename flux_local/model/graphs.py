@@ -53,20 +53,30 @@ class Graphs:
         if shapes in self.refused:
             return self.function(*inputs)
         if shapes not in self.captured:
+            stream = torch.cuda.current_stream()
             try:
                 captured = self.capture(inputs)
             except torch.OutOfMemoryError:
-                self.captured.clear()
+                torch.cuda.set_stream(stream)  # a capture that ends badly may leave its own
+                self.forget()
                 raise
             except RuntimeError as error:
+                torch.cuda.set_stream(stream)
                 log.warning("no CUDA graph for %s: %s", [tuple(shape) for shape in shapes], error)
                 self.refused.add(shapes)
+                if not self.captured:
+                    self.forget()
                 return self.function(*inputs)
             self.captured[shapes] = captured
             while len(self.captured) > self.limit:
                 self.captured.popitem(last=False)
         self.captured.move_to_end(shapes)
         return self.captured[shapes].replay(inputs)
+
+    def forget(self) -> None:
+        """Lets all graphs go. Their pool is not used again: without graphs it may be half gone."""
+        self.captured.clear()
+        self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, inputs: tuple[Tensor, ...]) -> Captured:
         """Records the function at these shapes.
@@ -82,7 +92,8 @@ class Graphs:
                 expected = self.function(*static)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # What other threads do on the device meanwhile, the safety checker's say, neither fails nor is recorded.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = self.function(*static)
         captured = Captured(graph, static, output)
         if not torch.equal(captured.replay(inputs), expected):

@@ -72,7 +72,9 @@ def gguf_reader(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise WeightsError(f"{path} needs the package gguf. Install it: pip install 'flux-local[gguf]'.") from error
+        raise WeightsError(
+            f"{path} needs the package gguf. Install it into flux-local's environment: pip install 'gguf>=0.17'."
+        ) from error
     try:
         return GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError) as error:

@@ -46,6 +46,9 @@ def _rounded(value, largest):
 
 # Where a block's vectors lie in the table: without this, one compilation for each pattern of ones and sixteens.
 SITES = ["text_shift", "text_scale", "text_gate", "image_shift", "image_scale", "image_gate"]
+# How many tokens there are of what: without this, what is compiled at the start serves canvases whose numbers divide by
+# sixteen, and the others compile within a request.
+COUNTS = ["text_rows", "text", "image"]
 
 
 @triton.jit
@@ -55,7 +58,7 @@ def _to_fp8(row, largest, tiny):
     return scale, _rounded(row / scale, largest)
 
 
-@triton.jit(do_not_specialize=SITES)
+@triton.jit(do_not_specialize=SITES + COUNTS)
 def _add_norm(
     x, branch, modulation, out, scales, width, picture_stride, text_rows, text, image,
     text_shift, text_scale, text_gate, image_shift, image_scale, image_gate,
@@ -124,7 +127,7 @@ def add_norm_quantised(x: Tensor, branch: Tensor, modulation: Tensor, layout: La
     return Rows(*launch_add_norm(x, branch, modulation, layout, site, True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _norm_rotate(
     qkv, weights, rotary, scales, value_scale, out, row_stride, stream_stride, heads, size, text_rows, text, image,
     epsilon, largest, FP8: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
@@ -178,7 +181,7 @@ def launch_norm_rotate(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _largest_values(
     qkv, found, row_stride, heads, size, text_rows, text, image,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
@@ -228,7 +231,7 @@ def gelu_(x: Tensor) -> None:
     _gelu[(rows, triton.cdiv(width, GELU_BLOCK))](x, width, x.stride(0), BLOCK=GELU_BLOCK, num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _channel_sums(x, sums, pixels, channels, PIXELS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     block, picture = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, CHANNELS)[None, :]
@@ -246,7 +249,7 @@ def _channel_sums(x, sums, pixels, channels, PIXELS: tl.constexpr, ROWS: tl.cons
     tl.store(out + channels, tl.sum(squares, 0), channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _scale_shift_silu(x, scale, shift, out, pixels, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     block, picture = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     pixel, channel = block * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, CHANNELS)[None, :]

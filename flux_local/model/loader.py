@@ -15,17 +15,17 @@ from flux_local.model import memory, prepared
 from flux_local.model.bfl import DiffusersNames
 from flux_local.model.checkpoint import Checkpoint, Component, Part, identify
 from flux_local.model.denoiser import Denoiser, Keep, Picture, noised
-from flux_local.model.fp8 import conversion, in_fp8, store_in_fp8
+from flux_local.model.fp8 import conversion, has_products, in_fp8, store_in_fp8
 from flux_local.model.fp8_attention import ADVICE
 from flux_local.model.latents import initial_noise
 from flux_local.model.layers import Layers, Weights
 from flux_local.model.lora import Adapters, Choice
 from flux_local.model.memory import Plan, Precisions, Tier
-from flux_local.model.ops import Layout, Ops
+from flux_local.model.ops import Ops
 from flux_local.model.prepared import PreparedLayers, Target
 from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.schedule import FlowSchedule
-from flux_local.model.selfcheck import Sizes, accelerated, with_fp8_attention
+from flux_local.model.selfcheck import TRIAL, Sizes, accelerated, with_fp8_attention
 from flux_local.model.tensors import Tensors
 from flux_local.model.text import PromptCache, PromptEmbedding, PromptEncoder
 from flux_local.model.transformer import FluxTransformer, Geometry
@@ -160,13 +160,16 @@ def load(
             nothing on this machine does attention in fp8 on this device.
     """
     checkpoint = identify(model) if isinstance(model, Path) else model
+    if (index := torch.device(device).index) is not None:
+        torch.cuda.set_device(index)  # Triton, streams and graphs take the current one
     import_libraries()
     dtype = dtype_of(device)
     with translated(checkpoint.path):
         geometry = Geometry.of(checkpoint.config("transformer"))
         plan = memory.plan(
-            memory.Sizes.of(checkpoint), memory.room(device), "full" if reference else precisions, tier, largest
-        )
+            memory.Sizes.of(checkpoint), memory.room(device), "full" if reference else precisions, tier, largest,
+            not has_products(device),
+        )  # fmt: skip
     text = prompt_encoder(checkpoint, device, dtype, plan)
     plain = reference or plan.tier == "offload"
     ops = Ops() if plain or device == "cpu" else operations(geometry, device, dtype, fp8_attention)
@@ -215,7 +218,7 @@ def operations(geometry: Geometry, device: str, dtype: torch.dtype, fp8_attentio
     Raises:
         StartError: attention is wanted in fp8, and no library here does it.
     """
-    sizes = Sizes(geometry.heads, geometry.head_size, Layout(1, 512, 1024))
+    sizes = Sizes(geometry.heads, geometry.head_size, TRIAL)
     ops, _ = accelerated(sizes, device, dtype)
     if fp8_attention:
         ops, findings = with_fp8_attention(ops, sizes, device, dtype)

@@ -138,7 +138,12 @@ class Plan:
 
 
 def plan(
-    sizes: Sizes, room: int | None, precisions: Precisions = "both", tier: Tier | None = None, largest: int = 1 << 22
+    sizes: Sizes,
+    room: int | None,
+    precisions: Precisions = "both",
+    tier: Tier | None = None,
+    largest: int = 1 << 22,
+    emulated: bool = False,
 ) -> Plan:
     """The best layout that fits.
 
@@ -146,6 +151,7 @@ def plan(
         room: free bytes on the device; None where they are not counted, as on a CPU.
         tier: this one, whether it fits or not.
         largest: pixels of the largest canvas.
+        emulated: whether the device has no fp8 products, so that weights rounded to fp8 take as much as before.
 
     Raises:
         StartError: nothing fits, or the tier asked for does not give the precisions asked for.
@@ -160,14 +166,14 @@ def plan(
         return Plan(tier or tiers[0], modulation_on_host=tier == "swap")
     work = step_work(sizes, largest) + decode_work(sizes, min(largest, SMALLEST_DECODE)) + SPARE
     for candidate in [tier] if tier else tiers:
-        ways = [replace(way, needed=way.needed + work, room=room) for way in layouts(sizes, candidate)]
+        ways = [replace(way, needed=way.needed + work, room=room) for way in layouts(sizes, candidate, emulated)]
         fitting = [way for way in ways if way.needed <= room]
         if fitting or tier:
             chosen = (fitting or ways[-1:])[0]
             left = max(0, room - chosen.needed)
             decodable = min(largest, SMALLEST_DECODE) + left // decode_work(sizes, TILE_STEP) * TILE_STEP
             return replace(chosen, tile_above=None if decodable >= largest else decodable)
-    least = min(way.needed for candidate in tiers for way in layouts(sizes, candidate)) + work
+    least = min(way.needed for candidate in tiers for way in layouts(sizes, candidate, emulated)) + work
     other = " --precisions both needs less." if precisions == "fp8" else ""
     raise StartError(
         f"{room / 1e9:.1f} GB are free on the device; this model needs {least / 1e9:.1f} GB at least.{other} Free "
@@ -175,17 +181,18 @@ def plan(
     )
 
 
-def layouts(sizes: Sizes, tier: Tier) -> list[Plan]:
+def layouts(sizes: Sizes, tier: Tier, emulated: bool = False) -> list[Plan]:
     """The ways to lay a tier out, the fastest first, with the bytes of the weights alone."""
     vae = WORD * sizes.vae
     rest = vae + WORD * sizes.clip
     t5, t5_fp8 = WORD * sizes.t5, WORD * sizes.t5 - (WORD - 1) * sizes.t5_matrices
     modulation = WORD * sizes.modulation
     full = WORD * sizes.transformer
-    fp8 = sizes.blocks + WORD * sizes.rest
+    blocks = (WORD if emulated else 1) * sizes.blocks
+    fp8 = blocks + WORD * sizes.rest
     match tier:
         case "both":
-            return [Plan(tier, full + sizes.blocks + t5 + rest)]
+            return [Plan(tier, full + blocks + t5 + rest)]
         case "full":
             return [Plan(tier, full + t5 + rest)]
         case "fp8":

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPSILON = 1e-6
 """Of every normalisation in FLUX.1."""
@@ -124,20 +123,34 @@ def gelu_(x: Tensor) -> None:
     torch.ops.aten.gelu_(x, approximate="tanh")
 
 
-def attention(qkv: Tensor, heads: int, size: int, layout: Layout) -> Tensor:
-    """Softmax(q·kᵀ/√size)·v of each picture over its own text and image together: [rows, ≥ 3·D] → [rows, D]."""
+Backend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Query, key and value [B, heads, N, size] → softmax(q·kᵀ/√size)·v of the same shape."""
+
+
+def attention(
+    qkv: Tensor, heads: int, size: int, layout: Layout, backend: Backend = F.scaled_dot_product_attention
+) -> Tensor:
+    """Attention of each picture over its own text and image together: [rows, ≥ 3·D] → [rows, D]."""
     q, k, v = gathered(qkv[:, : 3 * heads * size], layout).unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4)
-    return scattered(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), layout)
+    return scattered(backend(q, k, v).transpose(1, 2).flatten(2), layout)
 
 
-def attention_on(backend: SDPBackend) -> Callable[[Tensor, int, int, Layout], Tensor]:
-    """`attention` on one of torch's backends and no other: one that cannot do it raises."""
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """cuDNN's. Called by its own name, as the other two: a choice by `sdpa_kernel` would hold for other threads too."""
+    out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+    return out
 
-    def forced(qkv: Tensor, heads: int, size: int, layout: Layout) -> Tensor:
-        with sdpa_kernel(backend):
-            return attention(qkv, heads, size, layout)
 
-    return forced
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-2 as torch brings it."""
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return out
+
+
+def efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """xFormers' memory-efficient attention as torch brings it."""
+    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
+    return out
 
 
 def gathered(rows: Tensor, layout: Layout) -> Tensor:

@@ -48,8 +48,8 @@ class PromptEncoder:
 
     @torch.inference_mode()
     def encode(self, prompt: str, prompt_2: str | None = None, max_length: int | None = None) -> PromptEmbedding:
-        """CLIP reads `prompt`, T5 reads `prompt_2` (or `prompt`), cut or padded to `max_length` tokens."""
-        length = max_length or self.max_length
+        """CLIP reads `prompt`, T5 reads `prompt_2` (or `prompt`), cut or padded to `max_length` tokens of its own."""
+        length = min(max_length or self.max_length, self.max_length)
         t5_prompt = prompt if prompt_2 is None else prompt_2
         t5 = self.tokenizer_2(
             t5_prompt,
@@ -74,20 +74,25 @@ class PromptEncoder:
         return PromptEmbedding(states, pooled, tokens, t5_prompt if whole else t5_prompt[:end])
 
 
+Encode = Callable[[str, str | None, int | None], PromptEmbedding]
+"""As `PromptEncoder.encode`."""
+
+
 class PromptCache:
     """Embeddings of the latest prompts, within so many bytes: repeats and the n pictures of a request share one."""
 
-    def __init__(self, encode: Callable[[str], PromptEmbedding], limit: int) -> None:
+    def __init__(self, encode: Encode, limit: int) -> None:
         self.encode = encode
         self.limit = limit
         self.bytes = 0
-        self.kept: OrderedDict[str, PromptEmbedding] = OrderedDict()
+        self.kept: OrderedDict[tuple[str, str | None, int | None], PromptEmbedding] = OrderedDict()
 
-    def __call__(self, prompt: str) -> PromptEmbedding:
-        if prompt in self.kept:
-            self.kept.move_to_end(prompt)
-            return self.kept[prompt]
-        made = self.kept[prompt] = self.encode(prompt)
+    def __call__(self, prompt: str, prompt_2: str | None = None, max_length: int | None = None) -> PromptEmbedding:
+        key = (prompt, prompt_2, max_length)
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return self.kept[key]
+        made = self.kept[key] = self.encode(*key)
         self.bytes += made.nbytes
         while self.bytes > self.limit and len(self.kept) > 1:
             _, old = self.kept.popitem(last=False)

@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -137,7 +137,6 @@ class FluxTransformer:
         """Whether what blocks take is put into fp8 where it is made."""
         self.fp8_attention = fp8_attention
         self.dtype, self.device = self.image_in.weight.dtype, self.image_in.weight.device
-        self._rotary: dict[tuple[int, int, int], Tensor] = {}
         self.run = recorded(self)
 
     @property
@@ -295,17 +294,17 @@ class FluxTransformer:
         return twin
 
     def rotary(self, width: int, height: int, text: int) -> Tensor:
-        """[text + tokens, head size / 2, 2] fp32 of a canvas: cosine and sine, kept from the first time."""
-        key = (width, height, text)
-        if key not in self._rotary:
-            positions = torch.cat([torch.zeros(text, 3), position_ids(width, height)]).double()
-            angles = [
-                torch.outer(positions[:, axis], ROTARY_BASE ** -(torch.arange(0, size, 2, dtype=torch.float64) / size))
-                for axis, size in enumerate(self.geometry.rotary_axes)
-            ]
-            angle = torch.cat(angles, dim=1)
-            self._rotary[key] = torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(self.device)
-        return self._rotary[key]
+        """`rotary_table` of a canvas."""
+        return rotary_table(self.geometry.rotary_axes, width, height, text, self.device)
+
+
+@lru_cache(maxsize=16)  # 2 to 9 MB each at FLUX.1's sizes, and clients may ask for any canvas
+def rotary_table(axes: tuple[int, ...], width: int, height: int, text: int, device: torch.device) -> Tensor:
+    """[text + tokens, head size / 2, 2] fp32 of a canvas: cosine and sine of each pair's angle."""
+    positions = torch.cat([torch.zeros(text, 3), position_ids(width, height)]).double()
+    powers = [torch.arange(0, size, 2, dtype=torch.float64) / size for size in axes]
+    angle = torch.cat([torch.outer(positions[:, i], ROTARY_BASE**-power) for i, power in enumerate(powers)], dim=1)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
 
 
 def recorded(transformer: FluxTransformer) -> Callable[..., Tensor]:

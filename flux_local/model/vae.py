@@ -37,7 +37,7 @@ class Autoencoder:
     def encode(self, pixels: bytes, width: int, height: int) -> Tensor:
         """RGB rows → the mean of the posterior, scaled and packed: [1, tokens, 64]."""
         rows = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, height, width, 3)
-        picture = rows.permute(0, 3, 1, 2).to(self.vae.device, self.vae.dtype) / 127.5 - 1
+        picture = (rows.permute(0, 3, 1, 2).to(self.vae.device).float() / 127.5 - 1).to(self.vae.dtype)
         if self.tile_above is not None and width * height > self.tile_above:
             mean = self.vae.tiled_encode(picture).latent_dist.mean
         else:
