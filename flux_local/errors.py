@@ -92,6 +92,10 @@ class NotReady(FluxError):
     pass
 
 
+class Draining(NotReady):
+    """The server is stopping."""
+
+
 class EngineRestarting(FluxError):
     pass
 
@@ -170,6 +174,7 @@ ANSWERS: dict[type[FluxError], Answer] = {
     GenerationInvalid: Answer(500, "server_error", "generation_invalid"),
     InternalError: Answer(500, "server_error", "internal_error"),
     NotReady: Answer(503, "service_unavailable_error", "not_ready"),
+    Draining: Answer(503, "service_unavailable_error", "draining"),
     EngineRestarting: Answer(503, "service_unavailable_error", "engine_restarting"),
     StorageFull: Answer(507, "server_error", "storage_full"),
 }

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flux_local.params import BY_NAME, Kind
+from flux_local.parameters import BY_NAME, Kind
 
 
 def from_form(fields: Mapping[str, str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from flux_local.errors import NotFound, StorageFull
+from flux_local.errors import NotFound, StartError, StorageFull
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 FINAL: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
@@ -55,6 +55,8 @@ CREATE TABLE IF NOT EXISTS replies (
 );
 CREATE INDEX IF NOT EXISTS by_owner ON requests (owner, created DESC);
 """
+SHOWN = "id, owner, route, status, created, finished, params, response, error, files, NULL"
+"""A row without its work, which may be megabytes that nobody looks at."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,9 +97,18 @@ class History:
         self._connection = self._thread.submit(self._open, folder / "history.sqlite3").result()
 
     def _open(self, path: Path) -> sqlite3.Connection:
-        """The database; one that cannot be read is put aside, for pictures do not depend on it."""
+        """The database; one that cannot be read is put aside, for pictures do not depend on it.
+
+        Raises:
+            StartError: the disk is full, or the database's files cannot be written.
+        """
         try:
             return self._connect(path)
+        except sqlite3.OperationalError as error:
+            raise StartError(
+                f"Cannot open the request history {path} ({error}). Free space there, mend its permissions, or choose "
+                "another --data-dir."
+            ) from error
         except sqlite3.DatabaseError:
             path.rename(path.with_suffix(f".corrupt-{int(time.time())}"))
             return self._connect(path)
@@ -166,16 +177,16 @@ class History:
         )
 
     async def get(self, id: str, owner: str) -> Entry:
-        """Raises `NotFound` unless the request is there and the owner's."""
+        """A request without its work. Raises `NotFound` unless the request is there and the owner's."""
         rows = await self._run(
-            lambda c: c.execute("SELECT * FROM requests WHERE id = ? AND owner = ?", (id, owner)).fetchall()
+            lambda c: c.execute(f"SELECT {SHOWN} FROM requests WHERE id = ? AND owner = ?", (id, owner)).fetchall()
         )
         if not rows:
             raise NotFound("There is no such request, or it has expired.")
         return entry(rows[0])
 
     async def page(self, owner: str, limit: int, after: str | None = None) -> list[Entry]:
-        """The owner's newest requests, the newest first; or those that come after the one with this id.
+        """The owner's newest requests without their work, newest first; or those that come after the one with this id.
 
         Raises:
             NotFound: no such request of this owner.
@@ -190,7 +201,7 @@ class History:
                 if last is None:
                     return None
             return connection.execute(
-                "SELECT * FROM requests WHERE owner = ? AND (created, rowid) < (?, ?)"
+                f"SELECT {SHOWN} FROM requests WHERE owner = ? AND (created, rowid) < (?, ?)"
                 " ORDER BY created DESC, rowid DESC LIMIT ?",
                 (owner, *last, limit),
             ).fetchall()

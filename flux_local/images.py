@@ -81,8 +81,12 @@ def encode(picture: Image.Image, params: GenerationParams, text: str | None) -> 
 def parameters_text(params: GenerationParams, seed: int, model: str) -> str:
     """Prompt and parameters in the form that AUTOMATIC1111's web UI began and most image tools read."""
     return (
-        f"{params.prompt}\nSteps: {params.steps}, Sampler: Euler, CFG scale: {params.guidance:g}, "
+        f"{params.prompt}\n"
+        f"{f'Negative prompt: {params.negative_prompt}{chr(10)}' if params.negative_prompt is not None else ''}"
+        f"Steps: {params.steps}, Sampler: Euler, CFG scale: {params.guidance:g}, "
         f"Seed: {seed}, Size: {params.delivered}, Model: {model}"
+        f"{f', Denoising strength: {params.strength:g}' if params.strength not in (None, 1) else ''}"
+        f"{f', True CFG scale: {params.true_cfg_scale:g}' if params.true_cfg_scale > 1 else ''}"
         f"{''.join(f', Lora: {name} {scale:g}' for name, scale in params.loras)}"
         f"{', Precision: fp8' if params.go_fast else ''}"
         f"{f', Acceleration: {params.acceleration}' if params.acceleration != 'none' else ''}"

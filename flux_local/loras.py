@@ -10,8 +10,8 @@ from flux_local.model.headers import safetensors_header
 
 SUFFIX = ".safetensors"
 NAME = re.compile(r"[^\W_][\w .+()-]{0,150}")
-LISTED = 20
-"""Names at most in an error's message."""
+LISTED = 400
+"""Characters of names at most in an error's message."""
 
 
 def find(folder: Path, chosen: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float, int], ...]:
@@ -32,13 +32,13 @@ def located(folder: Path, name: str, scale: float) -> tuple[str, float, int]:
         )
     path = folder / (name + SUFFIX)
     if not path.is_file():
-        raise NotFound(f"This server has no adapter '{name}'. {known(folder)}", param="loras")
+        raise NotFound(f"This server has no such adapter. {known(folder)}", param="loras")
     try:
         whole = safetensors_header(path).size == path.stat().st_size
     except WeightsError:
         whole = False
     if not whole:
-        raise InvalidValue(f"The adapter '{name}' cannot be used: it is no whole safetensors file.", param="loras")
+        raise InvalidValue("An adapter cannot be used: its file is no whole safetensors file.", param="loras")
     return str(path.resolve()), scale, path.stat().st_mtime_ns
 
 
@@ -47,4 +47,5 @@ def known(folder: Path) -> str:
     names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}") if NAME.fullmatch(path.stem))
     if not names:
         return "Its folder of adapters is empty."
-    return f"It has: {', '.join(names[:LISTED])}{' …' if len(names) > LISTED else '.'}"
+    shown = ", ".join(names)
+    return f"It has: {shown if len(shown) <= LISTED else shown[:LISTED].rpartition(', ')[0] + ' …'}"

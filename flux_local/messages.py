@@ -36,6 +36,8 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     image: bytes | None = None
     mask: bytes | None = None
     skip: int = 0
+    prompt_2: str | None = None
+    max_length: int | None = None
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
     partials: int = 0

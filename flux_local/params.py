@@ -1,8 +1,6 @@
-"""The parameter table of the API, and what a request becomes once it has been checked.
+"""What a request becomes once it has been checked against the parameter table.
 
-`PARAMETERS` is the only place where a parameter's names, type, range, default and handling exist: validation, the
-OpenAPI schema, the README's table and the command line's flags are read off it. Knows neither HTTP nor the model
-beyond `ModelInfo`.
+Knows neither HTTP nor the model beyond `ModelInfo`.
 """
 
 from __future__ import annotations
@@ -15,110 +13,12 @@ from typing import Any, Literal
 
 from flux_local import sizes
 from flux_local.errors import InvalidValue, MissingParameter, ModelNotFound
+from flux_local.parameters import BY_NAME, MAX_LORA_SCALE, MAX_LORAS, MAX_TEXT, Parameter, Route
 from flux_local.sizes import CanvasRange, Size
-from flux_local.steps import LEVELS, Mask, Masks
-
-Kind = Literal["string", "integer", "number", "boolean", "number or string", "file", "list"]
-Route = Literal["generations", "edits", "variations"]
-ALL_ROUTES: tuple[Route, ...] = ("generations", "edits", "variations")
-WITH_IMAGE: tuple[Route, ...] = ("edits", "variations")
+from flux_local.steps import Mask, Masks
 
 PUBLIC_NAME = "flux.1-krea-dev"
 OPENAI_NAMES = ("dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2")
-MAX_SEED = 2**63 - 1
-MAX_PROMPT = 32_000
-MAX_LORAS, MAX_LORA_SCALE = 8, 4.0
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One row of the table.
-
-    `default` is for reading: a word or two for what applies when the parameter is not given. `form`: a regular
-    expression for the whole of a string value, for the schema; `sizes` checks it.
-    """
-
-    name: str
-    kind: Kind
-    default: str
-    handling: str
-    description: str
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    routes: tuple[Route, ...] = ALL_ROUTES
-    form: str | None = None
-
-
-PARAMETERS: tuple[Parameter, ...] = (
-    Parameter("prompt", "string", "required", "passthrough",
-              "What to draw. Longer than the text encoder reads: cut, with the header `x-flux-prompt-truncated`.",
-              high=MAX_PROMPT),
-    Parameter("model", "string", "the loaded one", "passthrough",
-              "The loaded model, by its own name, its folder's name or an OpenAI model's name."),
-    Parameter("seed", "integer", "random", "passthrough",
-              "Image i of n has seed + i. 0 is a seed. Always reported back.", 0, MAX_SEED),
-    Parameter("size", "string", "none", "converted", "`WxH` in pixels, `W:H`, or `auto`.",
-              form=sizes.SIZE_FORM),
-    Parameter("aspect_ratio", "string", "1:1", "converted", "`W:H`; the nearest of the size table is taken.",
-              form=sizes.RATIO_FORM),
-    Parameter("resolution", "number or string", "1K", "converted",
-              "A tier (`0.5K`, `1K`, `4K`) or megapixels (`0.25`, `1`); the nearest the model has is taken.",
-              form=sizes.RESOLUTION_FORM),
-    Parameter("megapixels", "number or string", "none", "renamed", "`resolution` in megapixels.",
-              choices=("0.25", "1")),
-    Parameter("image", "file", "required", "converted", "The picture to start from: PNG, JPEG or WebP.",
-              routes=WITH_IMAGE),
-    Parameter("mask", "file", "none", "converted", "PNG with alpha, the image's size; alpha under 128 is repainted.",
-              routes=("edits",)),
-    Parameter("strength", "number", "0.8", "passthrough", "0 keeps the image, 1 draws from the prompt alone.", 0, 1,
-              routes=WITH_IMAGE),
-    Parameter("cfg_scale", "number", "the model's own", "renamed",
-              "Guidance: how closely to follow the prompt.", 0, 20, aliases=("guidance_scale", "guidance")),
-    Parameter("num_inference_steps", "integer", "the model's own", "passthrough", "Denoising steps.", 1, 100,
-              aliases=("steps",)),
-    Parameter("n", "integer", "1", "emulated", "Pictures, each with its own seed.", 1, 10),
-    Parameter("negative_prompt", "string", "none", "passthrough",
-              "What to keep away from; acts with `true_cfg_scale` above 1.", high=MAX_PROMPT),
-    Parameter("true_cfg_scale", "number", "1", "passthrough",
-              "Real classifier-free guidance, two passes a step.", 1, 20),
-    Parameter("go_fast", "boolean", "the server's setting", "converted", 
-              "fp8 weights and matmuls; what ran is in `x-flux-precision`."),
-    Parameter("acceleration", "string", "none", "converted",
-              "Step caching: how many steps take an extrapolated velocity instead of a computed one.",
-              choices=LEVELS),
-    Parameter("enable_safety_checker", "boolean", "the server's policy", "converted",
-              "Leave out pictures that the checker flags; `false` only where the server allows it."),
-    Parameter("disable_safety_checker", "boolean", "the server's policy", "converted",
-              "The opposite of `enable_safety_checker`."),
-    Parameter("loras", "list", "none", "converted",
-              "Adapters of the server's own folder, by name: `[{path, scale}]`."),
-    Parameter("lora_weights", "string", "none", "renamed", "One adapter's name.", high=200),
-    Parameter("lora_scale", "number", "1", "renamed", "Its scale.", -MAX_LORA_SCALE, MAX_LORA_SCALE),
-    Parameter("response_format", "string", "url", "emulated", "A URL on this server, or the file in the answer.",
-              choices=("url", "b64_json")),
-    Parameter("output_format", "string", "png", "converted", "The file's format; `jpg` means jpeg.",
-              choices=("png", "jpeg", "gif", "webp", "avif", "jpg")),
-    Parameter("output_compression", "integer", "90", "renamed",
-              "Quality of jpeg, webp and avif; wins over `output_quality`.", 0, 100),
-    Parameter("output_quality", "integer", "90", "passthrough", "Quality of jpeg, webp and avif.", 0, 100),
-    Parameter("sync_mode", "boolean", "false", "emulated", "The `url` is a data URI; nothing is stored."),
-    Parameter("stream", "boolean", "false", "emulated", "Server-sent events."),
-    Parameter("partial_images", "integer", "0", "emulated", "Pictures sent while denoising, with `stream`.", 0, 3),
-    Parameter("user", "string", "none", "passthrough", "Kept with the request.", high=1000),
-    Parameter("style", "string", "none", "accepted", "Changes nothing.", choices=("vivid", "natural")),
-    Parameter("quality", "string", "auto", "accepted", "Changes nothing.",
-              choices=("auto", "low", "medium", "high", "standard", "hd")),
-    Parameter("background", "string", "auto", "accepted", "Pictures are opaque.",
-              choices=("auto", "opaque", "transparent")),
-    Parameter("moderation", "string", "auto", "accepted", "Changes nothing.", choices=("auto", "low")),
-    Parameter("input_fidelity", "string", "low", "accepted", "Changes nothing.", choices=("low", "high")),
-)  # fmt: skip
-
-BY_NAME: dict[str, Parameter] = {
-    name: parameter for parameter in PARAMETERS for name in (parameter.name, *parameter.aliases)
-}
 
 
 @dataclass(frozen=True)
@@ -130,6 +30,8 @@ class ModelInfo:
     default_steps: int
     default_guidance: float
     masks: Masks = field(default_factory=Masks)
+    text_length: int = MAX_TEXT
+    """T5 tokens that it reads."""
 
     def answers_to(self, name: str) -> bool:
         return name.lower() in (PUBLIC_NAME, self.name.lower(), *OPENAI_NAMES)
@@ -165,6 +67,9 @@ class GenerationParams:
     mask_origin: str = "none"
     loras: tuple[tuple[str, float], ...] = ()
     """Names of adapters, each with its scale."""
+    prompt_2: str | None = None
+    max_length: int | None = None
+    """T5 tokens, where the request says."""
     check: bool | None = None
     """Whether the safety checker is to look at the pictures; None where the request does not say."""
 
@@ -246,8 +151,20 @@ def generation_params(
         mask=() if level == "none" or run == 0 else model.masks(level, run),
         mask_origin=model.masks.origin(level, run),
         loras=loras_of(given),
+        prompt_2=given.get("prompt_2"),
+        max_length=length_of(given, model),
         check=check_of(given),
     )
+
+
+def length_of(given: Mapping[str, Any], model: ModelInfo) -> int | None:
+    length: int | None = given.get("max_sequence_length")
+    if length is not None and length > model.text_length:
+        raise InvalidValue(
+            f"'max_sequence_length' must be between 1 and {model.text_length} with this model.",
+            param="max_sequence_length",
+        )
+    return None if length == model.text_length else length
 
 
 def check_of(given: Mapping[str, Any]) -> bool | None:
@@ -285,7 +202,7 @@ def lora_of(entry: Any) -> tuple[str, float]:
         entry = {"path": entry}
     if isinstance(entry, dict) and isinstance(entry.get("path"), str):
         scale = entry.get("scale", 1)
-        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
+        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
         if is_number and abs(scale) <= MAX_LORA_SCALE:
             return entry["path"].removesuffix(".safetensors"), float(scale)
     raise InvalidValue(

@@ -15,6 +15,7 @@ from flux_local import images
 from flux_local.errors import NotAvailable
 from flux_local.messages import Job
 from flux_local.params import GenerationParams
+from flux_local.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Source:
 
     image: Image.Image
     mask: Image.Image | None = None
+
+    def at(self, size: Size) -> Source:
+        """Both at a size, cropped at the centre where the ratio differs. Computes on pixels."""
+        return Source(images.covering(self.image, size), self.mask and images.covering(self.mask, size))
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,12 @@ class Plan:
     @cached_property
     def original(self) -> Source | None:
         """The source at the delivered size."""
-        if self.source is None:
-            return None
-        size, mask = self.params.delivered, self.source.mask
-        return Source(images.covering(self.source.image, size), mask and images.covering(mask, size))
+        return self.source and self.source.at(self.params.delivered)
 
     @property
     def untouched(self) -> bool:
         """Strength 0: the answer is the source itself, and nothing is to be drawn."""
-        return self.original is not None and self.params.strength == 0
+        return self.source is not None and self.params.strength == 0
 
     @property
     def work(self) -> int:
@@ -77,6 +79,8 @@ class Plan:
         return Job(
             id=id,
             prompt=params.prompt,
+            prompt_2=params.prompt_2,
+            max_length=params.max_length,
             seed=params.seeds[index],
             width=params.canvas.width,
             height=params.canvas.height,

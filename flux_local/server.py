@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import time
@@ -11,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flux_local import weights
 from flux_local.api.app import create_app
@@ -29,8 +32,11 @@ DRAIN_SECONDS = 60
 KEEP_ALIVE_SECONDS = 75
 """For which a connection without a request is kept; longer than clients' pools keep theirs, so that none is cut just as
 it is used again."""
+HEAD_SECONDS = 10
 SWEEP_SECONDS = 600
 STEP_OF_SIGNAL = 0.05
+
+log = logging.getLogger("flux_local.server")
 
 
 async def serve(settings: Settings, announce: Callable[[str, str, Ready], None]) -> None:
@@ -60,15 +66,17 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
     dispatcher = Dispatcher(folder, settings.device_list(), limits, engine_options)
     history = History(Path(settings.data_dir).expanduser(), settings.url_lifetime)
     decoder = SafeDecoder()
-    services = Services(settings, model, dispatcher, store, history, decoder, int(time.time()))
+    has_checker = "--safety" in engine_options
+    services = Services(settings, model, dispatcher, store, history, decoder, int(time.time()), has_checker)
     requests = Requests(services)
     app = create_app(services, requests)
     server = Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=DRAIN_SECONDS,
-                                   http="h11", server_header=False, access_log=False,
+                                   http=Protocol, server_header=False, access_log=False,
                                    timeout_keep_alive=KEEP_ALIVE_SECONDS))  # fmt: skip
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    unfinished = await history.unfinished()
     serving = asyncio.create_task(server.serve([listener]))
     sweeping = asyncio.create_task(sweep(store, history))
     try:
@@ -79,7 +87,7 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             announce(f"http://{shown}:{port}", model.name, starting.result())
-            await requests.resume()
+            await requests.resume(unfinished)
             await first_of(stop, serving, dispatcher.dead)
         starting.cancel()
         dispatcher.draining = True
@@ -97,6 +105,30 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         listener.close()
         history.close()
         store.close()
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, but a connection has HEAD_SECONDS to send a request's whole head; it may idle between requests."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.head: asyncio.TimerHandle | None = self.loop.call_later(HEAD_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self.forget()
+        elif self.head is None:
+            self.head = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.forget()
+        super().connection_lost(exc)
+
+    def forget(self) -> None:
+        if self.head is not None:
+            self.head.cancel()
+            self.head = None
 
 
 class Server(uvicorn.Server):
@@ -125,8 +157,11 @@ async def drain(requests: Requests) -> None:
 async def sweep(store: Store, history: History) -> None:
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
-        await asyncio.to_thread(store.sweep)
-        await history.sweep()
+        try:
+            await asyncio.to_thread(store.sweep)
+            await history.sweep()
+        except Exception:  # a full disk, say: what could not be removed now is removed later
+            log.exception("what has expired could not be removed")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -141,15 +141,15 @@ def table_size(ratio: str, tier: str) -> Size:
 
 
 def clamp(size: Size, max_pixels: int) -> Size:
-    """The size itself if it fits into `max_pixels`, else the largest with the same ratio that does."""
-    if size.area <= max_pixels:
+    """The size itself if it fits into `max_pixels` and MAX_SIDE, else the largest with the same ratio that does."""
+    scale = min(1.0, math.sqrt(max_pixels / size.area), MAX_SIDE / max(size))
+    if scale == 1:
         return size
-    scale = math.sqrt(max_pixels / size.area)
     if size.width <= size.height:
         width = max(1, math.floor(size.width * scale))
-        return Size(width, min(max(1, round(size.height * scale)), max_pixels // width))
+        return Size(width, min(max(1, round(size.height * scale)), max_pixels // width, MAX_SIDE))
     height = max(1, math.floor(size.height * scale))
-    return Size(min(max(1, round(size.width * scale)), max_pixels // height), height)
+    return Size(min(max(1, round(size.width * scale)), max_pixels // height, MAX_SIDE), height)
 
 
 def delivered_size(

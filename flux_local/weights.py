@@ -10,6 +10,7 @@ from flux_local.errors import WeightsError
 from flux_local.model import checkpoint
 from flux_local.model.checkpoint import Checkpoint, is_model
 from flux_local.model.headers import read_header
+from flux_local.parameters import MAX_TEXT
 from flux_local.params import ModelInfo
 from flux_local.sizes import CanvasRange
 from flux_local.steps import Masks
@@ -77,7 +78,8 @@ def info(path: Path) -> ModelInfo:
         canvas = CanvasRange(int(found["canvas"]["min_area"]), int(found["canvas"]["max_area"]))
         defaults = found["defaults"]
         masks = Masks.read(found.get("acceleration", {}))
-        return ModelInfo(name, canvas, int(defaults["num_inference_steps"]), float(defaults["guidance_scale"]), masks)
+        steps, guidance = int(defaults["num_inference_steps"]), float(defaults["guidance_scale"])
+        return ModelInfo(name, canvas, steps, guidance, masks, int(found.get("text_length", MAX_TEXT)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path} is damaged. Copy or download the model again.") from error
 

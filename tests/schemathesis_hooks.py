@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from schemathesis import GenerationMode
 
-from flux_local.params import BY_NAME, MAX_SEED
+from flux_local.parameters import BY_NAME, MAX_SEED
 
 
 def png(mode: str, size: tuple[int, int]) -> bytes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import concurrent.futures
+import errno
 import io
 import math
 import warnings
@@ -14,8 +17,10 @@ import openai
 import pytest
 from mini.drawings import COLOURS, Scene, Thing, draw
 from mini.judge import look
-from PIL import Image
+from PIL import Image, ImageColor
 
+from flux_local.decoder import SafeDecoder
+from flux_local.errors import InternalError
 from flux_local.params import ModelInfo, generation_params
 from flux_local.sizes import Size
 from tests.servers import Server
@@ -181,6 +186,33 @@ def test_sizes_of_edits(server: Server, drawing: Image.Image) -> None:
     )  # fmt: skip
 
 
+def test_edits_at_once_each_get_their_own(server: Server) -> None:
+    colours = ["red", "green", "blue", "white", "black", "purple"]
+    with concurrent.futures.ThreadPoolExecutor(len(colours)) as pool:
+        sent = [pool.submit(edited, server, saved(Image.new("RGB", (96, 96), c)), strength="0") for c in colours]
+        found = [picture_of(answer.result()).getpixel((48, 48)) for answer in sent]
+    assert found == [ImageColor.getrgb(colour) for colour in colours]
+
+
+def test_a_decoder_that_cannot_be_started_costs_one_request(
+    drawing: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def upload() -> None:
+        decoder, start = SafeDecoder(), SafeDecoder._start
+        with monkeypatch.context() as patched:
+            patched.setattr(SafeDecoder, "_start", no_process)
+            with pytest.raises(InternalError):
+                await decoder.decode(saved(drawing), "image")
+        assert SafeDecoder._start is start
+        assert (await decoder.decode(saved(drawing), "image"))[:2] == drawing.size
+        await decoder.close()
+
+    async def no_process(_: SafeDecoder) -> Any:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    asyncio.run(upload())
+
+
 class TestForms:
     """One image, however it is sent."""
 
@@ -208,6 +240,29 @@ class TestForms:
             "nested": {"images": [{"type": "image_url", "image_url": {"url": url}}]},
         }[shape]
         self.check(server.post(body, EDITS))
+
+    def test_text_is_utf_8_whatever_the_form_says_of_it(self, server: Server, drawing: Image.Image) -> None:
+        def sent(text: bytes, charset: str) -> httpx.Response:
+            parts = {b"prompt": text, b"steps": b"1", b"strength": b"0.5", b"response_format": b"b64_json"}
+            fields = [b'--B\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s' % part for part in parts.items()]
+            image = b'--B\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + saved(drawing)
+            kind = f"multipart/form-data; boundary=B{charset}"
+            body = b"\r\n".join([*fields, image, b"--B--\r\n"])
+            return httpx.post(server.url + EDITS, content=body, headers={"content-type": kind}, timeout=20)
+
+        for charset in ("", "; charset=utf-8", "; charset=utf-16", "; charset=punycode", "; charset=nonsense"):
+            answer = sent("ein großer Stern".encode(), charset)
+            self.check(answer)
+            assert answer.json()["data"][0]["revised_prompt"] == "ein großer Stern"
+        slow = b"a" * 29_000 + b"-" + b"A" * 2_000  # minutes, for the codec that the header asks for
+        assert sent(slow, "; charset=punycode").status_code == 200
+        bad = sent(b"ein gro\xdfer Stern", "")
+        assert (bad.status_code, bad.json()["error"]["message"]) == (400, "The form's text must be UTF-8.")
+
+    def test_a_form_without_its_boundary_is_told_so(self, server: Server) -> None:
+        answer = httpx.post(server.url + EDITS, content=b"x", headers={"content-type": "multipart/form-data"})
+        assert answer.status_code == 400
+        assert "boundary" in answer.json()["error"]["message"]
 
     def test_json_mask(self, server: Server, drawing: Image.Image, mask: Image.Image) -> None:
         def url(picture: Image.Image) -> str:
@@ -253,6 +308,10 @@ class TestRefusals:
         self.check(edited(server, saved(drawing), {"mask": saved(drawing)}), "invalid_image", "mask")
         small = mask.resize((64, 64))
         self.check(edited(server, saved(drawing), {"mask": saved(small)}), "invalid_image", "mask")
+
+    def test_what_no_number_can_be(self, server: Server, drawing: Image.Image) -> None:
+        huge = '[{"path": "a", "scale": ' + "9" * 400 + "}]"
+        self.check(edited(server, saved(drawing), loras=huge), "invalid_value", "loras")
 
     def test_one_image_exactly(self, server: Server, drawing: Image.Image) -> None:
         two = [("image[]", ("a.png", saved(drawing))), ("image[]", ("b.png", saved(drawing)))]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import io
 import json
 import re
+import socket
 import time
 
 import httpx
@@ -15,7 +17,9 @@ import pytest
 from mini.judge import look
 from PIL import Image
 
-from tests.servers import ROOT, Server
+from flux_local.api import bodies
+from flux_local.errors import DeadlineExceeded, RequestTooLarge
+from tests.servers import ROOT, Server, pictures
 
 PROMPT = "a large red star on a blue background"
 GENERATIONS = "/v1/images/generations"
@@ -139,6 +143,10 @@ def test_a_png_carries_prompt_and_parameters_and_no_id(server: Server) -> None:
     text = opened(first["data"][0]["b64_json"]).info["parameters"]
     assert text.startswith(PROMPT + "\nSteps: 2,")
     assert "Seed: 3," in text
+    guided = server.post({**body, "negative_prompt": "red", "true_cfg_scale": 2}).json()
+    text = opened(guided["data"][0]["b64_json"]).info["parameters"]
+    assert text.startswith(PROMPT + "\nNegative prompt: red\nSteps: 2,")
+    assert "True CFG scale: 2" in text
     assert first["id"] != second["id"]
     assert first["data"] == second["data"]
 
@@ -148,6 +156,33 @@ def test_sync_mode_answers_a_data_uri(server: Server) -> None:
     kind, _, data = answer["data"][0]["url"].partition(",")
     assert kind == "data:image/png;base64"
     assert opened(data).size == (128, 128)
+
+
+def test_the_second_encoder_reads_its_own_prompt(server: Server) -> None:
+    body = {"prompt": PROMPT, "size": "128x128", "steps": 4, "seed": 1, "response_format": "b64_json"}
+    plain, same, other, short = (
+        server.post({**body, **more}).json()["data"][0]
+        for more in ({}, {"prompt_2": PROMPT}, {"prompt_2": "a small white heart"}, {"max_sequence_length": 5})
+    )
+    assert plain["b64_json"] == same["b64_json"]
+    assert len({item["b64_json"] for item in (plain, other, short)}) == 3
+    assert other["revised_prompt"] == "a small white heart"
+    assert PROMPT.startswith(short["revised_prompt"])
+    assert short["revised_prompt"] != PROMPT
+    own = httpx.get(server.url + "/v1/models/flux.1-krea-dev?schema=true").json()["parameters"]
+    (length,) = (row["default"] for row in own if row["name"] == "max_sequence_length")
+    assert pictures(server.post({**body, "max_sequence_length": length})) == [plain["b64_json"]]
+    refused = server.post({**body, "max_sequence_length": length + 1})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_sequence_length")
+
+
+def test_heads(server: Server) -> None:
+    url = server.post({"prompt": "x", "size": "128x128", "steps": 1}).json()["data"][0]["url"]
+    for address in (server.url + "/health", server.url + "/ready", url):
+        head, whole = httpx.head(address), httpx.get(address)
+        assert head.status_code == 200
+        assert head.content == b""
+        assert head.headers["content-length"] == str(len(whole.content))
 
 
 def test_what_is_unknown_is_ignored_and_listed(server: Server) -> None:
@@ -177,7 +212,7 @@ def test_answers_have_no_nulls_and_whole_timings(server: Server) -> None:
 
 
 class TestErrors:
-    """Bad input of any kind: the contract's form, under a kilobyte, no echo."""
+    """Bad input of any kind: an error in OpenAI's form, under a kilobyte, no echo."""
 
     CANARY = "canary-5b1c"
 
@@ -247,6 +282,35 @@ def test_live_and_ready(server: Server) -> None:
     assert (ready["model"], ready["device"], ready["precision"]) == ("flux-krea-mini", "cpu", "fp32")
 
 
+@pytest.mark.slow
+def test_a_connection_that_says_nothing_is_closed(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    for said in (b"", b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\n"):
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(said)
+            began = time.monotonic()
+            assert connection.recv(100) == b""
+            assert 5 < time.monotonic() - began < 15
+
+
+def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def late() -> None:
+        async with bodies.arriving(100) as count:
+            count(10)
+            await asyncio.sleep(5)
+
+    async def large() -> None:
+        async with bodies.arriving(100) as count:
+            count(60)
+            count(60)
+
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(late())
+    with pytest.raises(RequestTooLarge):
+        asyncio.run(large())
+
+
 def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     """A 100-step picture whose client has gone must not hold up the next one."""
     with pytest.raises(httpx.ReadTimeout):
@@ -258,8 +322,8 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
-    [("PUT", "/v1/images/requests/req_x", "GET, DELETE"), ("GET", "/v1/images/edits", "POST"),
-     ("DELETE", "/health", "GET"), ("POST", "/v1/models", "GET")],
+    [("PUT", "/v1/images/requests/req_x", "GET, HEAD, DELETE"), ("GET", "/v1/images/edits", "POST"),
+     ("DELETE", "/health", "GET, HEAD"), ("POST", "/v1/models", "GET, HEAD")],
 )  # fmt: skip
 def test_a_wrong_method_is_told_the_right_ones(server: Server, method: str, path: str, allow: str) -> None:
     answer = httpx.request(method, server.url + path)

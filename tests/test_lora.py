@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 import torch
 from mini.judge import look
@@ -348,6 +350,30 @@ class TestServed:
             assert len({p[0] for p in (without, one, weaker, two)}) == 4
             assert pictures(with_loras.post({**body, "loras": [{"path": "second", "scale": 0}]})) == without
         assert pictures(with_loras.post(BODY)) == plain
+
+    def test_the_official_client_s_form_of_a_list(self, with_loras: Server) -> None:
+        out = io.BytesIO()
+        Image.new("RGB", (128, 128), "blue").save(out, "PNG")
+        picture = {"image": ("a.png", out.getvalue())}
+        fields: dict[str, Any] = {"prompt": "x", "steps": 4, "seed": 1, "response_format": "b64_json", "strength": 0.9}
+
+        def edited(**more: Any) -> list[str]:
+            answer = httpx.post(with_loras.url + "/v1/images/edits", files=picture, data={**fields, **more}, timeout=60)
+            return pictures(answer)
+
+        asked = [{"path": "first style", "scale": 0.5}, {"path": "second", "scale": 1}]
+        with with_loras.client() as client:
+            extra = {name: fields[name] for name in ("steps", "seed", "strength")} | {"loras": asked}
+            answer = client.images.edit(
+                image=("a.png", out.getvalue()), prompt="x", response_format="b64_json", extra_body=extra
+            )
+        assert answer.data
+        found = [item.b64_json for item in answer.data]
+        assert found == edited(loras=json.dumps(asked))
+        assert found != edited()
+        assert edited(**{"loras[]": ["first style", "second"]}) == edited(loras='["first style", "second"]')
+        with with_loras.client() as client, pytest.raises(openai.BadRequestError, match="each of 'loras'"):
+            client.images.edit(image=out.getvalue(), prompt="x", extra_body={"loras": [asked[0], {"path": "second"}]})
 
     def test_company_with_other_adapters_changes_nothing(self, with_loras: Server) -> None:
         import concurrent.futures

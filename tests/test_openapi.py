@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flux_local.params import PARAMETERS
+from flux_local.parameters import PARAMETERS
 from tests.servers import ROOT, Server, environment
 
 

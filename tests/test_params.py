@@ -1,4 +1,4 @@
-"""Section 3 of the contract: parameters, without a server."""
+"""Parameters, without a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from flux_local.errors import FluxError, InvalidValue, MissingParameter, ModelNotFound, NotAvailable
 from flux_local.forms import from_form
-from flux_local.params import OPENAI_NAMES, PARAMETERS, GenerationParams, ModelInfo, generation_params
+from flux_local.parameters import PARAMETERS
+from flux_local.params import OPENAI_NAMES, GenerationParams, ModelInfo, generation_params
 from flux_local.plan import check_of
 from flux_local.sizes import CanvasRange
 

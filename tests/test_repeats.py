@@ -47,6 +47,18 @@ def test_a_repeat_meanwhile_waits_for_the_same(server: Server) -> None:
     assert sum("idempotent-replayed" in answer.headers for answer in answers) == 3
 
 
+def test_a_repeat_waits_no_longer_than_its_client(server: Server) -> None:
+    headers, body = keyed(), {**BODY, "steps": 100, "n": 4, "size": "192x192"}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        newest = made(server)
+        first = pool.submit(server.post, body, headers=headers)
+        eventually(lambda: made(server) != newest)
+        again = server.post(body, headers={**headers, "x-request-timeout": "0.1"})
+        assert (again.status_code, again.json()["error"]["code"]) == (408, "deadline_exceeded")
+        assert again.headers["x-should-retry"] == "false"
+        assert first.result().status_code == 200
+
+
 def test_a_repeat_takes_over_from_a_client_that_left(server: Server) -> None:
     headers, body = keyed(), {**BODY, "steps": 100, "n": 2, "size": "192x192"}
     with pytest.raises(httpx.ReadTimeout):

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from PIL import Image
 
-from tests.servers import Server, eventually, running
+from tests.servers import Server, eventually, pictures, running
 
 ASYNC = {"prefer": "respond-async"}
 BODY: dict[str, Any] = {"prompt": "a small green heart on white", "size": "128x128", "steps": 3, "seed": 8}
@@ -153,6 +154,23 @@ def test_a_damaged_history_does_not_stop_the_server(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         assert server.post(BODY).status_code == 200
     assert list((tmp_path / "data").glob("history.corrupt-*"))
+
+
+def test_a_full_disk_costs_urls_and_nothing_else(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        process = psutil.Process(server.process.pid)
+        kept = pictures(server.post({**BODY, "response_format": "b64_json"}))
+        limits = process.rlimit(psutil.RLIMIT_FSIZE)
+        process.rlimit(psutil.RLIMIT_FSIZE, (0, limits[1]))
+        assert pictures(server.post({**BODY, "response_format": "b64_json"})) == kept
+        with server.client() as client:
+            stream = client.images.generate(prompt="x", size="128x128", stream=True, extra_body={"steps": 1})  # type: ignore[call-overload]
+            assert [event.type for event in stream] == ["image_generation.completed"]
+        full = server.post(BODY)
+        assert (full.status_code, full.json()["error"]["code"]) == (507, "storage_full")
+        assert full.headers["x-should-retry"] == "false"
+        process.rlimit(psutil.RLIMIT_FSIZE, limits)
+        assert httpx.get(server.post(BODY).json()["data"][0]["url"]).status_code == 200
 
 
 def test_the_history_has_pages(server: Server) -> None:

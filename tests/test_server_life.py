@@ -167,9 +167,13 @@ def test_a_signal_drains_and_exits_0(tmp_path: Path, number: signal.Signals) -> 
     with running(tmp_path) as server:
         engine = server.engine()
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(server.post, {**QUICK, "steps": 60, "size": "192x192"})
+            answer = pool.submit(server.post, {**QUICK, "steps": 100, "n": 4, "size": "192x192"})
             eventually(lambda: engine.cpu_percent(0.1) > 20)
             server.process.send_signal(number)
+            eventually(lambda: server.post(QUICK).status_code == 503)
+            refused = server.post(QUICK)
+            assert (refused.json()["error"]["code"], refused.headers["retry-after"]) == ("draining", "5")
+            engine.send_signal(signal.SIGTERM)  # as a service manager does, to all processes at once
             assert answer.result().status_code == 200
         assert server.process.wait(20) == 0
         assert not engine.is_running()
@@ -205,4 +209,4 @@ def test_start_is_quick_and_small(tmp_path: Path) -> None:
     assert seconds - float(libraries.stdout) < 4, f"{seconds:.1f} s to ready, {libraries.stdout} s of it imports"
     assert loading < 1.5, f"{loading:.1f} s to load the weights"
     assert memory < 1.5e9
-    assert len(lines) == 5, server.output
+    assert len(lines) == 6, server.output

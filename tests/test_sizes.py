@@ -1,4 +1,4 @@
-"""Section 4 of the contract: sizes."""
+"""Sizes: what is delivered, and the canvas it is drawn on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_local.errors import InvalidValue
-from flux_local.sizes import RATIOS, CanvasRange, Size, canvas_for, delivered_size
+from flux_local.sizes import MAX_SIDE, RATIOS, CanvasRange, Size, canvas_for, clamp, delivered_size
 
 KREA = CanvasRange(100_000, 4_200_000)
 MINI = CanvasRange(128 * 128, 192 * 192)
@@ -89,6 +89,14 @@ def test_any_size_is_delivered_exactly_or_clamped_with_its_ratio(width: int, hei
     scale = math.sqrt(MAX / (width * height))
     assert abs(got.width - width * scale) <= 1
     assert abs(got.height - height * scale) <= 1
+
+
+@given(st.integers(1, 33_000_000), st.integers(1, 33_000_000))
+def test_no_side_of_a_picture_is_too_long_for_its_file(width: int, height: int) -> None:
+    got = clamp(Size(width, height), MAX)
+    assert min(got) >= 1
+    assert max(got) <= MAX_SIDE
+    assert got.area <= MAX
 
 
 @given(side, side, st.sampled_from([KREA, MINI]))

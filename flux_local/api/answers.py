@@ -16,12 +16,14 @@ from starlette.routing import Match
 
 from flux_local.errors import (
     Answer,
+    DeadlineExceeded,
     FluxError,
     GenerationInvalid,
     InternalError,
     MethodNotAllowed,
     NotFound,
     RequestCrashes,
+    StorageFull,
     answer_for,
 )
 
@@ -57,13 +59,15 @@ def error_response(
 async def on_flux_error(_: Request, error: Exception) -> Response:
     error = cast(FluxError, error)
     answer = answer_for(error)
-    if answer.status == 499:
-        return Response(status_code=499)
     message = error.message if answer.code != "internal_error" or isinstance(error, InternalError) else GENERIC
     response = error_response(answer, message, error.param, error.retry_after)
-    if isinstance(error, (GenerationInvalid, RequestCrashes)):
+    if isinstance(error, NO_RETRY):
         response.headers["x-should-retry"] = "false"
     return response
+
+
+NO_RETRY = (DeadlineExceeded, GenerationInvalid, RequestCrashes, StorageFull)
+"""What the same request would meet again; the official clients send anything of 408 or 5xx twice more, unless told."""
 
 
 def allowed_methods(request: Request) -> list[str]:
@@ -73,7 +77,8 @@ def allowed_methods(request: Request) -> list[str]:
         scope = {**request.scope, "method": method}
         return any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
 
-    return [method for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE") if taken(method)]
+    found = [method for method in ("GET", "POST", "PUT", "PATCH", "DELETE") if taken(method)]
+    return ["GET", "HEAD", *found[1:]] if "GET" in found else found
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:

@@ -22,7 +22,10 @@ from flux_local.api.routes import later_routes, probes, router
 from flux_local.api.work import Services
 
 PREFIXES = ("/v1", "/openai/v1", "")
-EXPOSED = ("x-request-id", "x-flux-seed", "x-flux-precision", "x-flux-attention", "x-flux-acceleration", "location")
+EXPOSED = (
+    "x-request-id", "x-flux-seed", "x-flux-precision", "x-flux-attention", "x-flux-acceleration",
+    "x-flux-ignored-params", "x-flux-prompt-truncated", "idempotent-replayed", "retry-after", "location",
+)  # fmt: skip
 """Headers that a page of another origin may read."""
 
 log = logging.getLogger("flux_local.access")
@@ -37,7 +40,7 @@ def create_app(services: Services, requests: Requests) -> ASGIApp:
     for prefix in PREFIXES:
         app.include_router(router(services, requests), prefix=prefix, include_in_schema=prefix == "/v1")
     add_docs(app)
-    gated: ASGIApp = KeyGate(app, services.settings.keys())
+    gated: ASGIApp = KeyGate(HeadAsGet(app), services.settings.keys())
     if origins := services.settings.origins():
         gated = CORSMiddleware(gated, allow_origins=origins, allow_methods=["*"], allow_headers=["*"],
                                expose_headers=EXPOSED)  # fmt: skip
@@ -57,6 +60,18 @@ def add_docs(app: FastAPI) -> None:
             swagger_css_url="/docs/assets/swagger-ui.css",
             swagger_favicon_url="/docs/assets/favicon-32x32.png",
         )
+
+
+class HeadAsGet:
+    """Answers HEAD as GET, of which the HTTP server sends the head alone."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self.app(scope, receive, send)
 
 
 class RequestLog:

@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import math
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from flux_local.errors import Cancelled, InvalidJson, RequestTooLarge, UnsupportedMediaType
+from flux_local.errors import Cancelled, DeadlineExceeded, InvalidJson, RequestTooLarge, UnsupportedMediaType
 
 JSON_LIMIT = 1_000_000
+BODY_SECONDS, SLOWEST = 60.0, 100_000
+"""For which a body may be on its way, and a second more for each so many bytes that have come."""
+
+
+@contextlib.asynccontextmanager
+async def arriving(limit: int) -> AsyncIterator[Callable[[int], None]]:
+    """A body on its way: gives what is to be called with the number of bytes of each part.
+
+    Raises:
+        RequestTooLarge: more than `limit` bytes. DeadlineExceeded: it comes too slowly. Cancelled: the client has gone.
+    """
+    began, received = asyncio.get_running_loop().time(), 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS) as patience:
+
+            def count(more: int) -> None:
+                nonlocal received
+                received += more
+                if received > limit:
+                    raise RequestTooLarge(f"The request body may have at most {limit:,} bytes.")
+                patience.reschedule(began + BODY_SECONDS + received / SLOWEST)
+
+            yield count
+    except TimeoutError as error:
+        raise DeadlineExceeded("The request's body did not come in time. Send it again, all at once.") from error
+    except ClientDisconnect as error:
+        raise Cancelled("The client went away.") from error
 
 
 async def read(request: Request, limit: int) -> bytes:
-    """The body, counted while it comes in.
-
-    Raises:
-        RequestTooLarge: more than `limit` bytes. Cancelled: the client went away.
-    """
+    """The body. Raises what `arriving` raises."""
     body = bytearray()
-    try:
+    async with arriving(limit) as count:
         async for chunk in request.stream():
+            count(len(chunk))
             body += chunk
-            if len(body) > limit:
-                raise RequestTooLarge(f"The request body may have at most {limit:,} bytes.")
-    except ClientDisconnect as error:
-        raise Cancelled("The client went away.") from error
     return bytes(body)
 
 

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_local.errors import IdempotencyKeyReused, InvalidValue, StorageFull
+from flux_local.errors import DeadlineExceeded, IdempotencyKeyReused, InvalidValue, StorageFull
 from flux_local.history import History, Reply
 from flux_local.plan import Source
 
@@ -34,23 +35,33 @@ class Repeats:
         self.running: dict[tuple[str, str, str], tuple[str, asyncio.Future[None]]] = {}
 
     async def once(
-        self, request: Request, owner: str, route: str, fingerprint: str, make: Callable[[], Awaitable[Response]]
+        self,
+        request: Request,
+        owner: str,
+        route: str,
+        fingerprint: str,
+        seconds: float,
+        make: Callable[[], Awaitable[Response]],
     ) -> Response:
         """What `make` answers, or answered before under the same key.
 
         Args:
             fingerprint: of all that the client asked for.
+            seconds: that the client gives it; more are not waited for another request of the key.
 
         Raises:
             InvalidValue: not a key. IdempotencyKeyReused: the key was used for something else.
+            DeadlineExceeded: the other request took too long.
         """
         key = key_of(request)
         if key is None:
             return await make()
         place = (owner, route, key)
+        until = time.monotonic() + seconds
         while (running := self.running.get(place)) is not None:
             same(running[0], fingerprint)
-            await asyncio.wait([running[1]])
+            if not (await asyncio.wait([running[1]], timeout=max(0.0, until - time.monotonic())))[0]:
+                raise DeadlineExceeded("The request that has this 'Idempotency-Key' is not done yet. Ask again later.")
         ended = asyncio.get_running_loop().create_future()
         self.running[place] = (fingerprint, ended)
         try:

@@ -17,8 +17,8 @@ from PIL import Image
 
 from flux_local.api.answers import error_body
 from flux_local.api.work import OnEvent, OnPicture, Services, Work
-from flux_local.errors import Cancelled, FluxError, InternalError
-from flux_local.history import FINAL, Entry
+from flux_local.errors import Cancelled, Draining, FluxError, InternalError, StorageFull
+from flux_local.history import FINAL, Entry, Status
 from flux_local.messages import Partial, Step
 from flux_local.params import GenerationParams
 from flux_local.plan import Source
@@ -60,8 +60,10 @@ class Requests:
     ) -> asyncio.Task[dict[str, Any]]:
         """Accepts work whose client waits, and keeps an account of it (unless `sync_mode`); the task is the answer's.
 
+        Where no account can be kept, work that stores nothing else goes on without.
+
         Raises:
-            What `Dispatcher.admit` raises. StorageFull: no account can be kept.
+            What `Dispatcher.admit` raises. StorageFull: its pictures could not be stored either.
         """
         with self._admitted(work):
             if work.params.sync_mode:
@@ -73,7 +75,9 @@ class Requests:
             task = self._answering(work, self._tracked(work, on_event, on_picture))
             try:
                 await adding
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, StorageFull) and not work.stores:
+                    return task
                 task.cancel()
                 await asyncio.wait([task])
                 raise
@@ -92,7 +96,8 @@ class Requests:
     async def start(self, work: Work, route: str) -> None:
         """Accepts the work; it goes on by itself, and is taken up again if the server is restarted."""
         with self._admitted(work):
-            await self.services.history.add(work.id, work.owner, route, as_run(work.params), packed(work))
+            whole = await asyncio.to_thread(packed, work)
+            await self.services.history.add(work.id, work.owner, route, as_run(work.params), whole)
             self._spawn(work, self._tracked(work, None, None, whole=True))
 
     @contextlib.contextmanager
@@ -106,9 +111,9 @@ class Requests:
             self.services.dispatcher.release(work.id)
             raise
 
-    async def resume(self) -> None:
+    async def resume(self, unfinished: list[Entry]) -> None:
         """Takes up what an earlier process was told to do, and closes what nobody waits for any more."""
-        for entry in await self.services.history.unfinished():
+        for entry in unfinished:
             if entry.work is None:
                 error = error_body(InternalError("The server was stopped while it worked on this. Send it again."))
                 await self.services.history.finish(entry.id, "failed", error=error)
@@ -174,26 +179,33 @@ class Requests:
             if on_event is not None:
                 on_event(index, event)
 
-        history = self.services.history
         try:
             body = await work.run(note, on_picture)
         except asyncio.CancelledError:
-            if not self.stopping:
-                await asyncio.shield(history.finish(work.id, "cancelled", error=error_body(CANCELLED)))
+            if self.stopping:
+                raise Draining("The server is stopping. Send the request again.", retry_after=5) from None
+            await self._finish(work.id, "cancelled", error=error_body(CANCELLED))
             if live.cancelled:
                 raise Cancelled("The request was cancelled.") from None
             raise
         except FluxError as error:
-            await history.finish(work.id, "failed", error=error_body(error))
+            await self._finish(work.id, "failed", error=error_body(error))
             raise
         except Exception:
             log.exception("request %s failed", work.id)
-            await history.finish(work.id, "failed", error=error_body(InternalError("The server failed.")))
+            await self._finish(work.id, "failed", error=error_body(InternalError("The server failed.")))
             raise
         finally:
             self.live.pop(work.id, None)
-        await history.finish(work.id, "succeeded", response=kept(body, whole), files=files_of(body))
+        await self._finish(work.id, "succeeded", response=kept(body, whole), files=files_of(body))
         return body
+
+    async def _finish(self, id: str, status: Status, **more: Any) -> None:
+        """Writes down a request's end, even if its client leaves meanwhile. A full disk costs the account, no more."""
+        try:
+            await asyncio.shield(self.services.history.finish(id, status, **more))
+        except StorageFull:
+            log.exception("the end of request %s (%s) could not be written down", id, status)
 
     def view(self, entry: Entry) -> dict[str, Any]:
         """An entry as the API shows it."""

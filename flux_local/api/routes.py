@@ -15,8 +15,9 @@ from flux_local.api.answers import JSON
 from flux_local.api.repeats import HEADER, Repeats, fingerprint_of
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services, Work, base_url
-from flux_local.errors import Cancelled, InvalidValue, ModelNotFound, NotAvailable, NotReady
-from flux_local.params import PUBLIC_NAME, GenerationParams, Route, generation_params
+from flux_local.errors import Cancelled, Draining, InvalidValue, ModelNotFound, NotAvailable, NotReady
+from flux_local.parameters import Route
+from flux_local.params import PUBLIC_NAME, GenerationParams, generation_params
 from flux_local.plan import Source
 from flux_local.sizes import Size
 
@@ -45,10 +46,14 @@ def router(services: Services, requests: Requests) -> APIRouter:
         params = checked(raw, route, Size(*source.image.size) if source else None)
         if params.stream and HEADER in request.headers:
             raise InvalidValue("'stream' does not go with an 'Idempotency-Key'; leave one out.", param="stream")
-        fingerprint = await asyncio.to_thread(fingerprint_of, raw, source, request.headers.get("prefer", ""))
+        fingerprint = ""
+        if HEADER in request.headers:
+            fingerprint = await asyncio.to_thread(fingerprint_of, raw, source, request.headers.get("prefer", ""))
+        if source is not None:  # as large as it will be used: what waits is kept in memory
+            source = await asyncio.to_thread(source.at, params.delivered)
         work = work_of(services, request, params, source)
         return await repeats.once(
-            request, work.owner, route, fingerprint, partial(answer, request, requests, route, work)
+            request, work.owner, route, fingerprint, work.seconds, partial(answer, request, requests, route, work)
         )
 
     async def with_image(request: Request, route: Route) -> Response:
@@ -132,8 +137,10 @@ def probes(services: Services) -> APIRouter:
     async def ready() -> dict[str, Any]:
         """Ready: a warm-up picture has been drawn and the engine is there."""
         state = services.dispatcher.ready
-        if state is None or services.dispatcher.draining:
-            raise NotReady("Not ready: the model is loading or the server is stopping.", retry_after=5)
+        if services.dispatcher.draining:
+            raise Draining("The server is stopping.", retry_after=5)
+        if state is None:
+            raise NotReady("The model is loading, or its engine is being replaced.", retry_after=5)
         return {
             "status": "ready",
             "model": services.model.name,
@@ -142,6 +149,7 @@ def probes(services: Services) -> APIRouter:
             "precisions": list(state.precisions),
             "attention": services.dispatcher.attentions,
             "memory": state.memory,
+            "safety_checker": services.has_checker,
             "engines": [
                 {"device": engine.ready.device if engine.ready else engine.device, "ready": engine.ready is not None}
                 for engine in services.dispatcher.engines
@@ -165,7 +173,7 @@ def limit_of(text: str | None) -> int:
 
 
 def later_routes() -> APIRouter:
-    """Routes of the contract that this version does not have yet."""
+    """Routes that are promised and not there yet: they say so, instead of 404."""
     routes = APIRouter()
 
     @routes.get("/", include_in_schema=False)

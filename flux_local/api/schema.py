@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from flux_local.params import MAX_LORA_SCALE, MAX_LORAS, PARAMETERS, ModelInfo, Parameter, Route
+from flux_local.parameters import MAX_LORA_SCALE, MAX_LORAS, PARAMETERS, Parameter, Route
+from flux_local.params import ModelInfo
 
 ERROR = {
     "type": "object",
@@ -40,6 +41,7 @@ IMAGES = {
                 },
             },
         },
+        "flagged": {"type": "integer", "description": "Pictures that the safety checker left out."},
         "size": {"type": "string"},
         "output_format": {"type": "string"},
         "quality": {"type": "string"},
@@ -218,7 +220,11 @@ def image_body(route: Route) -> dict[str, Any]:
 
 def parameter_list(model: ModelInfo) -> list[dict[str, Any]]:
     """The table, with the model's own defaults filled in: what `?schema=true` answers."""
-    own = {"cfg_scale": model.default_guidance, "num_inference_steps": model.default_steps}
+    own = {
+        "cfg_scale": model.default_guidance,
+        "num_inference_steps": model.default_steps,
+        "max_sequence_length": model.text_length,
+    }
     found = []
     for row in PARAMETERS:
         entry: dict[str, Any] = {

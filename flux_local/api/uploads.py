@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from PIL import Image
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope
 
 from flux_local.api import bodies
 from flux_local.decoder import SafeDecoder
 from flux_local.errors import (
-    Cancelled,
     InvalidImage,
     InvalidValue,
     MissingParameter,
     RequestTooLarge,
     UnsupportedMediaType,
 )
-from flux_local.forms import from_form
-from flux_local.params import BY_NAME
+from flux_local.forms import form_value, from_form
+from flux_local.parameters import BY_NAME
 from flux_local.plan import Source
 
 BODY_LIMIT = 64_000_000
@@ -69,41 +69,88 @@ async def read(request: Request, decoder: SafeDecoder) -> tuple[dict[str, Any], 
 
 async def from_multipart(request: Request) -> tuple[dict[str, Any], list[bytes], list[bytes]]:
     """Fields and files of a form, counted while they come in; `image`, `image[]` and repeats of either are one list."""
-    received = 0
-
-    async def counted() -> Message:
-        nonlocal received
-        message = await request.receive()
-        received += len(message.get("body", b""))
-        if received > BODY_LIMIT:
-            raise RequestTooLarge(f"The request body may have at most {BODY_LIMIT:,} bytes.")
-        return message
-
     fields: dict[str, str] = {}
     files: dict[str, list[bytes]] = {"image": [], "mask": []}
+    adapters: dict[str, list[str]] = {"path": [], "scale": []}
     try:
-        async with Request(request.scope, counted).form(
-            max_files=PARTS, max_fields=PARTS, max_part_size=bodies.JSON_LIMIT
-        ) as form:
+        async with (
+            bodies.arriving(BODY_LIMIT) as count,
+            Request(in_latin_1(request), counted(request, count)).form(
+                max_files=PARTS, max_fields=PARTS, max_part_size=bodies.JSON_LIMIT
+            ) as form,
+        ):
             for name, value in form.multi_items():
-                plain = name.removesuffix("[]")
+                plain = utf_8(name).removesuffix("[]")
                 if isinstance(value, UploadFile):
                     if plain in files:
                         files[plain].append(await value.read())
+                    continue
+                value = utf_8(value)
+                if (part := ADAPTER.fullmatch(utf_8(name))) is not None:
+                    adapters[part[1] or "path"].append(value)
                 elif plain in files and value:
                     files[plain].append(data_url(value, plain))
                 elif plain not in files:
                     if plain in BY_NAME and fields.get(plain, value) != value:
                         raise InvalidValue(f"'{plain}' appears twice with different values.", param=plain)
                     fields[plain] = value
-    except (MultiPartException, MultipartParseError) as error:
-        raise InvalidValue("The multipart body is malformed or has too many parts. Check how it was made.") from error
-    except ClientDisconnect as error:
-        raise Cancelled("The client went away.") from error
-    for value in fields.values():
-        if any("\ud800" <= c <= "\udfff" for c in value):
-            raise InvalidValue("The form's text must be UTF-8.")
-    return from_form(fields), files["image"], files["mask"]
+    except HTTPException as error:
+        raise InvalidValue(
+            "The multipart body is malformed or has too many parts. Check how it was made; the header Content-Type "
+            "must name its boundary, as clients do by themselves."
+        ) from error
+    found = from_form(fields)
+    if adapters["path"] or adapters["scale"]:
+        found.setdefault("loras", adapters_of(**adapters))
+    return found, files["image"], files["mask"]
+
+
+def counted(request: Request, count: Callable[[int], None]) -> Receive:
+    """The request's messages, each counted by its bytes."""
+
+    async def receive() -> Message:
+        message = await request.receive()
+        count(len(message.get("body", b"")))
+        return message
+
+    return receive
+
+
+def in_latin_1(request: Request) -> Scope:
+    """The request's scope with a form that is said to be in Latin-1, which gives every byte back: `utf_8` decodes.
+
+    A charset of the client's own could be any codec of Python's, some of them slow enough to stop a server.
+    """
+    _, options = parse_options_header(request.headers.get("content-type", ""))
+    boundary = options.get(b"boundary", b"").replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    kind = b"multipart/form-data; charset=latin-1" + (b'; boundary="' + boundary + b'"' if boundary else b"")
+    others = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
+    return {**request.scope, "headers": [*others, (b"content-type", kind)]}
+
+
+def utf_8(text: str) -> str:
+    """A form's bytes, given as Latin-1, as the text that they are."""
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError as error:
+        raise InvalidValue("The form's text must be UTF-8.") from error
+
+
+ADAPTER = re.compile(r"loras\[[0-9]*\](?:\[(path|scale)\])?")
+"""A list of adapters as the official clients put it into a form: all `loras[][path]`, then all `loras[][scale]`."""
+
+
+def adapters_of(path: list[str], scale: list[str]) -> list[dict[str, Any]]:
+    """The list that was taken apart.
+
+    Raises:
+        InvalidValue: some have a scale and some have not, so that nobody knows which.
+    """
+    if not scale:
+        return [{"path": name} for name in path]
+    if len(scale) != len(path):
+        raise InvalidValue("In a form, give each of 'loras' its path and its scale, or none a scale.", param="loras")
+    return [{"path": name, "scale": form_value("number", by)} for name, by in zip(path, scale, strict=True)]
 
 
 def from_json(raw: dict[str, Any]) -> tuple[dict[str, Any], list[bytes], list[bytes]]:

@@ -35,6 +35,8 @@ class Services:
     decoder: SafeDecoder
     started: int
     """Unix time."""
+    has_checker: bool
+    """Whether the engines were started with a safety checker."""
 
     def plan(self, params: GenerationParams, source: Source | None = None) -> Plan:
         """What is to be drawn.
@@ -44,7 +46,7 @@ class Services:
             NotAvailable: as `plan.check_of`.
         """
         adapters = loras.find(self.settings.loras_folder(), params.loras)
-        check = check_of(params, self.settings.safety_folder() is not None, self.settings.safety_optional)
+        check = check_of(params, self.has_checker, self.settings.safety_optional)
         return Plan(params, source, self.model.name, self.settings.png_metadata, adapters, check)
 
     def precision(self, params: GenerationParams) -> str:
@@ -75,6 +77,11 @@ class Work:
     @property
     def params(self) -> GenerationParams:
         return self.plan.params
+
+    @property
+    def stores(self) -> bool:
+        """Whether its pictures go to files of the server's."""
+        return not (self.params.stream or self.params.sync_mode or self.params.response_format == "b64_json")
 
     async def run(self, on_event: OnEvent | None = None, on_picture: OnPicture | None = None) -> dict[str, Any]:
         """Draws, encodes and stores all pictures; returns the answer's body. Cancelling it cancels its jobs.
@@ -121,7 +128,8 @@ class Work:
             headers["x-flux-acceleration"] = params.mask_origin
         if ignored := [name[:64] for name in params.ignored if name.isascii() and name.isprintable()]:
             headers["x-flux-ignored-params"] = ",".join(ignored)[:1000]
-        if any(item["revised_prompt"] != params.prompt for item in body["data"]):
+        asked = params.prompt if params.prompt_2 is None else params.prompt_2
+        if any(item["revised_prompt"] != asked for item in body["data"]):
             headers["x-flux-prompt-truncated"] = "true"
         return headers
 
