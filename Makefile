@@ -1,15 +1,17 @@
 # Each target does its own set-up on a machine that has Python 3.11 or newer, pip and make.
 PYTHON ?= python3
-PORT   ?= 8000
-MODEL  ?= flux-krea-mini
 VENV   := .venv
 BIN    := $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-all check format bench gpu-check clean
+.PHONY: serve download test test-all check format bench gpu-check clean
 
 serve: $(VENV)/serve.done
-	@exec $(BIN)/flux-local serve --port $(PORT) --model $(MODEL)
+	@exec $(BIN)/flux-local serve $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+# The weights of FLUX.1 Krea [dev], into weights/; see weights/README.md.
+download: $(VENV)/serve.done
+	@exec $(BIN)/flux-local download
 
 test: $(VENV)/test.done
 	$(BIN)/pytest -m "not slow"
@@ -27,16 +29,18 @@ format: $(VENV)/test.done
 	$(BIN)/ruff format .
 
 bench: $(VENV)/test.done
-	$(BIN)/python scripts/bench.py --model $(MODEL)
+	$(BIN)/python scripts/bench.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-# Runs from the bare tree, in whatever Python has torch with CUDA, triton, diffusers, transformers and Pillow.
+# Without .venv it runs from the bare tree, in a Python that has torch with CUDA, triton, diffusers, transformers,
+# accelerate, safetensors and Pillow.
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
 gpu-check:
-	$(PYTHON) scripts/gpu_check.py --out docs/benchmarks/gpu-check.json
-	$(PYTHON) scripts/load_check.py --out docs/benchmarks/load-check.json
+	$(GPU_PYTHON) scripts/gpu_check.py --out docs/benchmarks/gpu-check.json
+	$(GPU_PYTHON) scripts/load_check.py --out docs/benchmarks/load-check.json
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flux-local needs Python 3.11 or newer; set PYTHON=…"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No venv; on Debian: apt install python3-venv"; exit 1; }
 
 $(VENV)/serve.done: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing flux-local and its libraries into $(VENV) (once; minutes, torch is large) …"

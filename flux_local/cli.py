@@ -17,6 +17,7 @@ from flux_local import config, params
 from flux_local.download import REPOSITORY
 from flux_local.errors import FluxError, InvalidImage, MissingParameter, StartError
 from flux_local.model.checkpoint import TOKENIZERS
+from flux_local.parameters import PARAMETERS, Parameter
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     for name in PIPELINE_SETTINGS:
         add_setting(generate, settings[name])
     add_config_file(generate)
-    for parameter in params.PARAMETERS:
+    for parameter in PARAMETERS:
         if parameter.name not in ONLY_SERVED:
             add_parameter(generate, parameter)
 
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure a server's latency and pictures a second")
     bench.set_defaults(run=run_bench)
-    bench.add_argument("--url", help="a server that runs; its key from api_keys (default: start one and measure that)")
+    bench.add_argument("--url", help="a server that runs, with FLUX_LOCAL_API_KEYS (default: start one for that)")
     bench.add_argument("--requests", type=at_least_one, default=32, help="measured, for each row (default 32)")
     bench.add_argument("--concurrency", type=at_least_one, nargs="+", default=[1, 4, 16], metavar="CLIENTS",
                        help="a row for each: so many clients at once (default 1 4 16)")  # fmt: skip
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     for name in PIPELINE_SETTINGS:
         add_setting(bench, settings[name])
     add_config_file(bench)
-    for parameter in params.PARAMETERS:
+    for parameter in PARAMETERS:
         if parameter.name not in ONLY_SERVED and parameter.kind != "file":
             add_parameter(bench, parameter)
 
@@ -104,9 +105,9 @@ PIPELINE_SETTINGS = (
 )  # fmt: skip
 ONLY_SERVED = frozenset(
     {"prompt", "model", "response_format", "output_format", "sync_mode", "stream", "partial_images", "user", "style",
-     "quality", "background", "moderation", "input_fidelity"}
+     "quality", "background", "moderation", "input_fidelity", "enable_safety_checker", "disable_safety_checker"}
 )  # fmt: skip
-"""Parameters that are no flags of `generate`: they speak of an answer over HTTP, or have a form of their own here."""
+"""No flags of `generate`: they speak of an answer over HTTP or of a server's policy, or have another form here."""
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
@@ -123,15 +124,16 @@ def add_config_file(command: argparse.ArgumentParser) -> None:
 def add_setting(command: argparse.ArgumentParser, setting: config.Setting) -> None:
     shown = "" if setting.default in ("", None) else f" (default {setting.default})"
     bare: dict[str, Any] = {"nargs": "?", "const": "true"} if setting.type is bool else {}
-    command.add_argument(setting.flag, dest=setting.name, metavar="VALUE", default=None, **bare,
+    command.add_argument(setting.flag, dest=setting.name, metavar=setting.metavar, default=None, **bare,
                          help=f"{setting.description}{shown} [{setting.variable}]".replace("%", "%%"))  # fmt: skip
 
 
-def add_parameter(command: argparse.ArgumentParser, parameter: params.Parameter) -> None:
+def add_parameter(command: argparse.ArgumentParser, parameter: Parameter) -> None:
     default = "none" if parameter.kind == "file" else parameter.default
     flags = ["--" + name.replace("_", "-") for name in (parameter.name, *parameter.aliases)]
+    text = f"{parameter.description} ({parameter.values()}; default: {default})"
     command.add_argument(*flags, dest=parameter.name, metavar=parameter.kind.split()[0].upper(),
-                         help=f"{parameter.description} Default: {default}.".replace("%", "%%"))  # fmt: skip
+                         help=text.replace("%", "%%"))  # fmt: skip
 
 
 def settings_from(options: argparse.Namespace) -> config.Settings:
@@ -257,7 +259,7 @@ def run_bench(options: argparse.Namespace) -> int:
 
 def parameters_of(options: argparse.Namespace) -> dict[str, str]:
     """The parameters of a request among the flags, as text."""
-    names = {parameter.name for parameter in params.PARAMETERS} - ONLY_SERVED
+    names = {parameter.name for parameter in PARAMETERS} - ONLY_SERVED
     return {name: text for name, text in vars(options).items() if name in names and text is not None}
 
 
@@ -271,6 +273,7 @@ def run_serve(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     began = time.monotonic()
+    checker = settings.safety_folder()
 
     def announce(address: str, model: str, engine: Ready) -> None:
         print(
@@ -279,6 +282,7 @@ flux-local {flux_local.__version__} serves {model} on {engine.device} ({", ".joi
 ready after {time.monotonic() - began:.1f} s, {engine.weights_bytes / 1e9:.2f} GB loaded in {engine.load_seconds:.1f} s
 
   memory    {engine.memory}
+  checker   {checker or "none: pictures are not looked at"}
   address   {address}/v1
   try       curl -s {address}/v1/images/generations -H 'Content-Type: application/json' \
 -d '{{"prompt": "a large red star on a blue background", "size": "512x512"}}'

@@ -31,7 +31,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")] = 8000
     model: Annotated[str, Meta(description="A model folder, or the name of one under weights/.")] = "flux-krea-mini"
     devices: Annotated[
-        str, Meta(description="'auto', 'cpu', a GPU such as 'cuda:0', or several by commas: an engine runs on each.")
+        str,
+        Meta(
+            description="'auto' (the first GPU, else the CPU), 'cpu', a GPU such as 'cuda:0', or several by commas: "
+            "an engine runs on each."
+        ),
     ] = "auto"
     reference: Annotated[
         bool, Meta(description="Run diffusers' own transformer instead of flux-local's: slower, for comparison.")
@@ -51,7 +55,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     safety_checker: Annotated[
         Literal["auto", "on", "off"], Meta(description="Look at every picture: 'auto' where the checker's weights are.")
     ] = "auto"
-    safety_model: Annotated[str, Meta(description="Folder of the checker, an image classifier.")] = "weights/safety"
+    safety_model: Annotated[
+        str, Meta(description="Folder of the checker, an image classifier; from the working directory.")
+    ] = "weights/safety"
     safety_labels: Annotated[
         str, Meta(description="Labels of the classifier whose pictures are left out, by commas.")
     ] = "nsfw,unsafe,porn,hentai,nude,explicit"
@@ -61,24 +67,41 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     safety_optional: Annotated[bool, Meta(description="Whether a request may turn the checker off.")] = False
     cache_dir: Annotated[str, Meta(description="Folder for what `flux-local prepare` makes.")] = "~/.cache/flux-local"
     loras_dir: Annotated[str, Meta(description="Folder of LoRA adapters that requests may name.")] = "weights/loras"
-    data_dir: Annotated[str, Meta(description="Folder for pictures behind URLs.")] = "~/.local/share/flux-local"
+    data_dir: Annotated[str, Meta(description="Folder for pictures behind URLs and the history of requests.")] = (
+        "~/.local/share/flux-local"
+    )
     public_url: Annotated[str, Meta(description="Base of the URLs in answers, if clients see another address.")] = ""
     response_format: Annotated[
         Literal["url", "b64_json"], Meta(description="What an answer holds when the request does not say.")
     ] = "url"
-    url_lifetime: Annotated[int, Meta(ge=60, description="Seconds for which a picture's URL stays good.")] = 86_400
+    url_lifetime: Annotated[
+        int, Meta(ge=60, description="Seconds for which a picture's URL and its request in the history are kept.")
+    ] = 86_400
     max_pixels: Annotated[int, Meta(ge=256, description="Largest picture delivered, in pixels.")] = 2048 * 2048
     max_waiting: Annotated[int, Meta(ge=1, description="Pictures that may wait; more are refused with 429.")] = 256
     max_wait: Annotated[
         float, Meta(gt=0, description="Seconds of work that may wait, by measured speed; more is refused with 429.")
     ] = 600.0
-    key_share: Annotated[float, Meta(gt=0, le=1, description="Of both, the share that one API key may hold.")] = 0.5
+    key_share: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=1,
+            description="Share of --max-waiting and --max-wait that one API key may hold, where there are several.",
+        ),
+    ] = 0.5
     request_timeout: Annotated[float, Meta(gt=0, description="Seconds after which a request is given up.")] = 1800.0
     engine_timeout: Annotated[
         float, Meta(gt=0, description="Seconds that a step or a decoding may take before the engine counts as hung.")
     ] = 60.0
-    engine_falls: Annotated[int, Meta(ge=1, description="Falls of an engine after which it is given up,")] = 5
-    engine_window: Annotated[float, Meta(gt=0, description="if they come within so many seconds.")] = 600.0
+    engine_falls: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Falls of an engine that end it: within --engine-window, no picture finished between.",
+        ),
+    ] = 5
+    engine_window: Annotated[float, Meta(gt=0, description="Seconds within which --engine-falls are counted.")] = 600.0
     png_metadata: Annotated[bool, Meta(description="Write prompt and parameters into PNG files.")] = True
     allow_anonymous: Annotated[
         bool, Meta(description="Listen beyond loopback without API keys: anyone who can connect can generate.")
@@ -184,6 +207,11 @@ class Setting(typing.NamedTuple):
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def metavar(self) -> str:
+        """What stands for its value in a command's help."""
+        return "{" + ",".join(typing.get_args(self.type)) + "}" if typing.get_origin(self.type) is Literal else "VALUE"
 
     @property
     def variable(self) -> str:

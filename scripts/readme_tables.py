@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the README's parameter and size tables from the code. With --check, says whether they are stale."""
+"""Writes the README's tables of parameters, errors and sizes from the code; with --check, says if they are stale."""
 
 from __future__ import annotations
 
@@ -10,19 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from flux_local.params import PARAMETERS, Parameter  # noqa: E402
+from flux_local.errors import ANSWERS  # noqa: E402
+from flux_local.parameters import PARAMETERS  # noqa: E402
 from flux_local.sizes import RATIOS, TIERS, table_size  # noqa: E402
-
-
-def values(parameter: Parameter) -> str:
-    if parameter.choices:
-        return ", ".join(f"`{choice}`" for choice in parameter.choices)
-    if parameter.kind == "string" and parameter.high is not None:
-        return f"string, up to {int(parameter.high):,} characters"
-    if parameter.low is not None and parameter.high is not None:
-        high = "2^63−1" if parameter.high == 2**63 - 1 else f"{parameter.high:g}"
-        return f"{parameter.kind}, {parameter.low:g} … {high}"
-    return parameter.kind
 
 
 def parameter_table() -> str:
@@ -32,7 +22,7 @@ def parameter_table() -> str:
         note = parameter.description
         if "generations" not in parameter.routes:
             note += f" For {' and '.join(parameter.routes)}."
-        rows.append(f"| {names} | {values(parameter)} | {parameter.default} | {parameter.handling} | {note} |")
+        rows.append(f"| {names} | {parameter.values('`')} | {parameter.default} | {parameter.handling} | {note} |")
     return "\n".join(rows)
 
 
@@ -43,8 +33,15 @@ def size_table() -> str:
     return "\n".join([*rows, *(f"| {ratio} | {row} |" for ratio, row in cells.items())])
 
 
+def error_table() -> str:
+    rows = ["| status | `code` | `type` |", "| --- | --- | --- |"]
+    shown = sorted(ANSWERS.values(), key=lambda answer: answer.status)
+    rows += [f"| {a.status} | `{a.code}` | `{a.type}` |" for a in shown if a.status != 499]
+    return "\n".join(rows)
+
+
 def renewed(readme: str) -> str:
-    for name, table in (("parameters", parameter_table()), ("sizes", size_table())):
+    for name, table in (("parameters", parameter_table()), ("errors", error_table()), ("sizes", size_table())):
         pattern = rf"(<!-- {name}: .*? -->\n).*?(<!-- end -->)"
         found = re.search(pattern, readme, re.DOTALL)
         assert found, f"README.md has no place for {name}"
