@@ -33,7 +33,7 @@ bench: $(VENV)/test.done
 
 # Without .venv it runs from the bare tree, in a Python that has torch with CUDA, triton, diffusers, transformers,
 # accelerate, safetensors and Pillow.
-GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
+GPU_PYTHON = $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(or $(and $(wildcard $(VENV)/serve.done),$(BIN)/python),$(PYTHON)))
 gpu-check:
 	$(GPU_PYTHON) scripts/gpu_check.py --out docs/benchmarks/gpu-check.json
 	$(GPU_PYTHON) scripts/load_check.py --out docs/benchmarks/load-check.json

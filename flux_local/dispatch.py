@@ -39,8 +39,8 @@ REFUSED_FOR = 3600.0
 """Seconds for which a request that brought down so many is refused."""
 BATCH_GAIN = 0.5
 """What pictures that share steps cost at least, of what they cost alone."""
-OUTSIDE_TRIES = 3
-"""Times that a picture is handed to another engine through no fault of its own."""
+OUTSIDE_FALLS = 3
+"""Engines that somebody else (the kernel, for want of memory) ended with a picture in hand, before it is given up."""
 
 log = logging.getLogger("flux_local.dispatch")
 
@@ -73,7 +73,8 @@ class Pending:
     on_event: OnEvent | None
     engine: Supervisor | None = None
     crashes: int = 0
-    tries: int = 0
+    outside: int = 0
+    """Falls of its engine, with it in hand, from inside and from outside."""
 
 
 @dataclass
@@ -260,7 +261,6 @@ class Dispatcher:
             if other.engine in owed and other is not pending:
                 owed[other.engine] += self._cost(other)
         pending.engine = min(ready, key=owed.__getitem__)
-        pending.tries += 1
         pending.steps_left = pending.job.steps - pending.job.skip
         pending.engine.send(pending.job)
 
@@ -272,16 +272,19 @@ class Dispatcher:
     def _on_fall(self, engine: Supervisor, fall: Fall) -> None:
         """Places the engine's pictures anew; those in its hands when it crashed go alone, once."""
         for pending in [p for p in self.pending.values() if p.engine is engine]:
-            if fall.inside and pending.job.serial in fall.serials:
+            in_hand = pending.job.serial in fall.serials
+            if in_hand and fall.inside:
                 pending.crashes += 1
                 pending.job = msgspec.structs.replace(pending.job, alone=True)
                 if pending.crashes >= CRASHES:
                     self.refused[fingerprint(pending.job)] = time.monotonic() + REFUSED_FOR
                     self._settle(pending, RequestCrashes())
                     continue
-            if pending.tries >= OUTSIDE_TRIES:
-                self._settle(pending, InternalError("The engine was ended too often. Ask the server's operator."))
-                continue
+            elif in_hand:
+                pending.outside += 1
+                if pending.outside >= OUTSIDE_FALLS:
+                    self._settle(pending, InternalError("The engine was ended too often. Ask the server's operator."))
+                    continue
             pending.engine = None
             self._place(pending)
 
@@ -294,6 +297,8 @@ class Dispatcher:
             error = EngineDead("An engine's guardian failed. The log above says how; start the server again.")
         if not all(t.done() for t in self._running):
             log.error("%s", error.message)
+            engine = self.engines[self._running.index(task)]
+            self._on_fall(engine, Fall((), False, "was given up"))
             return
         for pending in list(self.pending.values()):
             self._settle(pending, InternalError("The engine cannot be started. Ask the server's operator."))

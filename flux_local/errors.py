@@ -72,6 +72,14 @@ class DeadlineExceeded(RequestError):
     """The time that the client gave has passed."""
 
 
+class TryLater(DeadlineExceeded):
+    """It has passed, but the same request may be in time when it comes again."""
+
+
+class InvalidApiKey(RequestError):
+    pass
+
+
 class ModerationBlocked(RequestError):
     """The safety checker left out every picture of a request."""
 
@@ -162,6 +170,7 @@ ANSWERS: dict[type[FluxError], Answer] = {
     InvalidImage: Answer(400, "invalid_request_error", "invalid_image"),
     NotAvailable: Answer(400, "invalid_request_error", "not_available"),
     ModerationBlocked: Answer(400, "image_generation_user_error", "moderation_blocked"),
+    InvalidApiKey: Answer(401, "invalid_request_error", "invalid_api_key"),
     ModelNotFound: Answer(404, "invalid_request_error", "model_not_found"),
     NotFound: Answer(404, "invalid_request_error", "not_found"),
     DeadlineExceeded: Answer(408, "invalid_request_error", "deadline_exceeded"),

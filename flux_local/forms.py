@@ -19,7 +19,7 @@ def from_form(fields: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, text in fields.items():
         kind = BY_NAME[name].kind if name in BY_NAME else "string"
-        if text == "" and name not in ("prompt", "negative_prompt"):
+        if text == "" and name not in ("prompt", "prompt_2", "negative_prompt"):
             continue
         found[name] = form_value(kind, text.strip() if kind != "string" else text)
     return found

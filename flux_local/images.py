@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -88,6 +89,8 @@ def parameters_text(params: GenerationParams, seed: int, model: str) -> str:
         f"{f', Denoising strength: {params.strength:g}' if params.strength not in (None, 1) else ''}"
         f"{f', True CFG scale: {params.true_cfg_scale:g}' if params.true_cfg_scale > 1 else ''}"
         f"{''.join(f', Lora: {name} {scale:g}' for name, scale in params.loras)}"
+        f"{f', T5 prompt: {json.dumps(params.prompt_2)}' if params.prompt_2 is not None else ''}"
+        f"{f', T5 tokens: {params.max_length}' if params.max_length is not None else ''}"
         f"{', Precision: fp8' if params.go_fast else ''}"
         f"{f', Acceleration: {params.acceleration}' if params.acceleration != 'none' else ''}"
     )

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from flux_local import sizes
 from flux_local.errors import InvalidValue, MissingParameter, ModelNotFound
-from flux_local.parameters import BY_NAME, MAX_LORA_SCALE, MAX_LORAS, MAX_TEXT, Parameter, Route
+from flux_local.parameters import BY_NAME, MAX_LORA_SCALE, MAX_LORAS, MAX_TEXT, PARAMETERS, Parameter, Route
 from flux_local.sizes import CanvasRange, Size
 from flux_local.steps import Mask, Masks
 
@@ -72,6 +72,11 @@ class GenerationParams:
     """T5 tokens, where the request says."""
     check: bool | None = None
     """Whether the safety checker is to look at the pictures; None where the request does not say."""
+
+    @property
+    def prompt_read(self) -> str:
+        """What T5 is to read."""
+        return self.prompt if self.prompt_2 is None else self.prompt_2
 
     @property
     def steps_run(self) -> int:
@@ -155,6 +160,12 @@ def generation_params(
         max_length=length_of(given, model),
         check=check_of(given),
     )
+
+
+def table_for(model: ModelInfo) -> list[Parameter]:
+    """The parameter table as it holds for a model."""
+    own = {"max_sequence_length": model.text_length}
+    return [replace(row, high=own[row.name]) if row.name in own else row for row in PARAMETERS]
 
 
 def length_of(given: Mapping[str, Any], model: ModelInfo) -> int | None:

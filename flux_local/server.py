@@ -82,12 +82,13 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
     try:
         starting = asyncio.create_task(dispatcher.start())
         stop = asyncio.create_task(stopping.wait())
-        await first_of(starting, stop, serving)
+        await first_of(starting, stop, serving, dispatcher.dead)
         if starting.done():
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             announce(f"http://{shown}:{port}", model.name, starting.result())
             await requests.resume(unfinished)
+            del unfinished  # megabytes, where edits were among them
             await first_of(stop, serving, dispatcher.dead)
         starting.cancel()
         dispatcher.draining = True
@@ -108,7 +109,8 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, but a connection has HEAD_SECONDS to send a request's whole head; it may idle between requests."""
+    """uvicorn's, but a connection has HEAD_SECONDS to send a request's whole head, or the rest of a body that has been
+    answered already; it may idle between requests."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -116,7 +118,10 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        theirs, answered = self.conn.their_state, self.conn.our_state is h11.DONE
+        half_a_head = theirs is h11.IDLE and bool(self.conn.trailing_data[0])
+        unwanted = theirs is h11.SEND_BODY and answered
+        if not half_a_head and not unwanted:
             self.forget()
         elif self.head is None:
             self.head = self.loop.call_later(HEAD_SECONDS, self.transport.close)

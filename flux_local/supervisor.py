@@ -139,9 +139,10 @@ class Supervisor:
         code = await ended(self.process, 0.5)
         inside = self._hung or code is None or code >= 0 or -code not in FROM_OUTSIDE
         why = "hung" if self._hung else f"ended ({signal.Signals(-code).name if code and code < 0 else code})"
-        await self._kill()
         log.error("the engine on %s %s while in phase %s; starting another", self.device, why, state.phase.name)
+        self._hang_up()
         self.on_fall(self, Fall(state.serials, inside, why))
+        await self._kill()
 
     async def _watch(self) -> None:
         """Ends an engine that has been in one phase of work for too long."""
@@ -230,11 +231,14 @@ class Supervisor:
         except (asyncio.IncompleteReadError, OSError) as error:
             raise EOFError from error
 
-    async def _kill(self) -> None:
+    def _hang_up(self) -> None:
         self.ready = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    async def _kill(self) -> None:
+        self._hang_up()
         process, self.process = self.process, None
         if process is not None:
             process.kill()

@@ -18,7 +18,7 @@ from mini.judge import look
 from PIL import Image
 
 from flux_local.api import bodies
-from flux_local.errors import DeadlineExceeded, RequestTooLarge
+from flux_local.errors import RequestTooLarge, TryLater
 from tests.servers import ROOT, Server, pictures
 
 PROMPT = "a large red star on a blue background"
@@ -305,7 +305,7 @@ def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatc
             count(60)
 
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(TryLater):
         asyncio.run(late())
     with pytest.raises(RequestTooLarge):
         asyncio.run(large())

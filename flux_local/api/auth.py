@@ -10,13 +10,11 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flux_local.api.answers import error_response
-from flux_local.errors import Answer
+from flux_local.errors import InvalidApiKey, answer_for
 
 OPEN = frozenset({b"/health", b"/ready"})
 FILE = re.compile(rb"(/openai)?(/v1)?/images/files/[A-Za-z0-9_-]{32}\.[a-z]{3,4}")
 """A file's URL carries its own unguessable id."""
-
-UNAUTHORISED = Answer(401, "invalid_request_error", "invalid_api_key")
 
 
 class KeyGate:
@@ -33,7 +31,8 @@ class KeyGate:
         if (owner := self.owner(scope)) is not None:
             await self.app({**scope, "owner": owner}, receive, send)
             return
-        response = error_response(UNAUTHORISED, "No valid API key. Send the header 'Authorization: Bearer YOUR_KEY'.")
+        error = InvalidApiKey("No valid API key. Send the header 'Authorization: Bearer YOUR_KEY'.")
+        response = error_response(answer_for(error), error.message)
         response.headers["www-authenticate"] = "Bearer"
         await response(scope, receive, send)
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from flux_local.errors import Cancelled, DeadlineExceeded, InvalidJson, RequestTooLarge, UnsupportedMediaType
+from flux_local.errors import Cancelled, InvalidJson, RequestTooLarge, TryLater, UnsupportedMediaType
 
 JSON_LIMIT = 1_000_000
 BODY_SECONDS, SLOWEST = 60.0, 100_000
@@ -23,7 +23,7 @@ async def arriving(limit: int) -> AsyncIterator[Callable[[int], None]]:
     """A body on its way: gives what is to be called with the number of bytes of each part.
 
     Raises:
-        RequestTooLarge: more than `limit` bytes. DeadlineExceeded: it comes too slowly. Cancelled: the client has gone.
+        RequestTooLarge: more than `limit` bytes. TryLater: it comes too slowly. Cancelled: the client has gone.
     """
     began, received = asyncio.get_running_loop().time(), 0
     try:
@@ -38,7 +38,7 @@ async def arriving(limit: int) -> AsyncIterator[Callable[[int], None]]:
 
             yield count
     except TimeoutError as error:
-        raise DeadlineExceeded("The request's body did not come in time. Send it again, all at once.") from error
+        raise TryLater("The request's body did not come in time. Send it again, all at once.") from error
     except ClientDisconnect as error:
         raise Cancelled("The client went away.") from error
 

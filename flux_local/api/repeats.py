@@ -17,7 +17,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_local.errors import DeadlineExceeded, IdempotencyKeyReused, InvalidValue, StorageFull
+from flux_local.errors import IdempotencyKeyReused, InvalidValue, StorageFull, TryLater
 from flux_local.history import History, Reply
 from flux_local.plan import Source
 
@@ -51,7 +51,7 @@ class Repeats:
 
         Raises:
             InvalidValue: not a key. IdempotencyKeyReused: the key was used for something else.
-            DeadlineExceeded: the other request took too long.
+            TryLater: the other request took too long.
         """
         key = key_of(request)
         if key is None:
@@ -61,7 +61,7 @@ class Repeats:
         while (running := self.running.get(place)) is not None:
             same(running[0], fingerprint)
             if not (await asyncio.wait([running[1]], timeout=max(0.0, until - time.monotonic())))[0]:
-                raise DeadlineExceeded("The request that has this 'Idempotency-Key' is not done yet. Ask again later.")
+                raise TryLater("The request that has this 'Idempotency-Key' is not done yet. Ask again later.")
         ended = asyncio.get_running_loop().create_future()
         self.running[place] = (fingerprint, ended)
         try:

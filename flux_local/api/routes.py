@@ -28,6 +28,7 @@ def router(services: Services, requests: Requests) -> APIRouter:
     """The API's routes, without prefix."""
     routes = APIRouter()
     repeats = Repeats(services.history)
+    in_json, with_files = (partial(body, model=services.model) for body in (schema.json_body, schema.image_body))
 
     def checked(raw: dict[str, Any], route: Route, image: Size | None = None) -> GenerationParams:
         params = generation_params(
@@ -60,17 +61,17 @@ def router(services: Services, requests: Requests) -> APIRouter:
         raw, source = await uploads.read(request, services.decoder)
         return await once(request, route, raw, source)
 
-    @routes.post("/images/generations", responses=schema.answers(), openapi_extra=schema.json_body("generations"))
+    @routes.post("/images/generations", responses=schema.answers(), openapi_extra=in_json("generations"))
     async def generations(request: Request) -> Response:
         """Draw pictures from a prompt."""
         return await once(request, "generations", await bodies.json_object(request))
 
-    @routes.post("/images/edits", responses=schema.answers(), openapi_extra=schema.image_body("edits"))
+    @routes.post("/images/edits", responses=schema.answers(), openapi_extra=with_files("edits"))
     async def edits(request: Request) -> Response:
         """Draw pictures from a prompt and a picture, all over or where a mask says."""
         return await with_image(request, "edits")
 
-    @routes.post("/images/variations", responses=schema.answers(), openapi_extra=schema.image_body("variations"))
+    @routes.post("/images/variations", responses=schema.answers(), openapi_extra=with_files("variations"))
     async def variations(request: Request) -> Response:
         """Draw pictures like a picture."""
         return await with_image(request, "variations")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from flux_local.parameters import MAX_LORA_SCALE, MAX_LORAS, PARAMETERS, Parameter, Route
-from flux_local.params import ModelInfo
+from flux_local.parameters import MAX_LORA_SCALE, MAX_LORAS, Parameter, Route
+from flux_local.params import ModelInfo, table_for
 
 ERROR = {
     "type": "object",
@@ -170,9 +170,9 @@ def property_of(parameter: Parameter, required: bool) -> dict[str, Any]:
     return found
 
 
-def object_of(route: Route) -> dict[str, Any]:
-    """All parameters of a route. That two names of one parameter must agree is more than a schema can say."""
-    rows = [parameter for parameter in PARAMETERS if route in parameter.routes]
+def object_of(route: Route, model: ModelInfo) -> dict[str, Any]:
+    """All parameters of a route, with a model. That two names of one must agree is more than a schema can say."""
+    rows = [parameter for parameter in table_for(model) if route in parameter.routes]
     required = [parameter.name for parameter in rows if parameter.default == "required"]
     if route == "variations":
         required.remove("prompt")
@@ -196,14 +196,14 @@ def for_form(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def json_body(route: Route) -> dict[str, Any]:
+def json_body(route: Route, model: ModelInfo) -> dict[str, Any]:
     """The `requestBody` of a route that takes JSON alone."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": object_of(route)}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": object_of(route, model)}}}}
 
 
-def image_body(route: Route) -> dict[str, Any]:
+def image_body(route: Route, model: ModelInfo) -> dict[str, Any]:
     """The `requestBody` of a route that takes a form with files, or JSON with data URLs."""
-    in_json = object_of(route)
+    in_json = object_of(route, model)
     for name in ("image", "mask"):
         if name in in_json["properties"]:
             in_json["properties"][name] = {
@@ -212,7 +212,7 @@ def image_body(route: Route) -> dict[str, Any]:
                 "description": "A data URL with base64.",
             }
     content = {
-        "multipart/form-data": {"schema": for_form(object_of(route))},
+        "multipart/form-data": {"schema": for_form(object_of(route, model))},
         "application/json": {"schema": in_json},
     }
     return {"requestBody": {"required": True, "content": content}}
@@ -226,7 +226,7 @@ def parameter_list(model: ModelInfo) -> list[dict[str, Any]]:
         "max_sequence_length": model.text_length,
     }
     found = []
-    for row in PARAMETERS:
+    for row in table_for(model):
         entry: dict[str, Any] = {
             "name": row.name,
             "aliases": list(row.aliases),

@@ -128,8 +128,7 @@ class Work:
             headers["x-flux-acceleration"] = params.mask_origin
         if ignored := [name[:64] for name in params.ignored if name.isascii() and name.isprintable()]:
             headers["x-flux-ignored-params"] = ",".join(ignored)[:1000]
-        asked = params.prompt if params.prompt_2 is None else params.prompt_2
-        if any(item["revised_prompt"] != asked for item in body["data"]):
+        if any(item["revised_prompt"] != params.prompt_read for item in body["data"]):
             headers["x-flux-prompt-truncated"] = "true"
         return headers
 
@@ -138,7 +137,7 @@ class Work:
     ) -> tuple[dict[str, Any], Done]:
         """One picture: its entry of `data`, empty where it was flagged, and the engine's account of it."""
         if self.plan.untouched:
-            done = Done("", b"", 0, self.params.prompt, 0.0, 0.0, 0.0, 0.0)
+            done = Done("", b"", 0, self.params.prompt_read, 0.0, 0.0, 0.0, 0.0)
             data = await asyncio.to_thread(self.plan.file, index)
         else:
             arguments = (f"{self.id}-{index}", index, self.owner, deadline)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -96,23 +96,25 @@ def conversion(device: torch.device, ops: Ops, native: bool | None = None) -> tu
         native: with products in fp8, or with the emulation; as the device can, if not said.
     """
     if native is None:
-        native = has_products(device) and agrees(device, ops)
+        native = has_products(device)
     return (partial(Fp8Linear.of, quantise=ops.quantised), True) if native else (RoundedLinear.of, False)
 
 
+@cache
 def has_products(device: torch.device | str) -> bool:
-    """Whether a device has matrix products in fp8."""
-    return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= ADA
+    """Whether a device has matrix products in fp8, and they are right. Tried once."""
+    device = torch.device(device)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= ADA and agrees(device)
 
 
-def agrees(device: torch.device, ops: Ops) -> bool:
-    """Whether a product in fp8 gives there what the emulation gives; one that does not is not used."""
+def agrees(device: torch.device) -> bool:
+    """Whether a product in fp8 gives there what the emulation gives."""
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(n, 256, generator=generator).to(device, torch.bfloat16) for n in (512, 48))
     linear = Linear(weight, torch.zeros(512, dtype=torch.bfloat16, device=device))
     expected = RoundedLinear.of(linear)(x).float()
     try:
-        off = (Fp8Linear.of(linear, ops.quantised)(x).float() - expected).norm() / expected.norm()
+        off = (Fp8Linear.of(linear)(x).float() - expected).norm() / expected.norm()
     except RuntimeError as error:
         log.warning("products in fp8 fail here and are emulated: %s", error)
         return False
