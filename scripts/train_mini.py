@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 CANVAS = {"min_area": 60 * 256, "max_area": 70 * 256}  # what `flow.PHASES` trains
-DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 4.5}
+DEFAULTS = {"num_inference_steps": 8, "guidance_scale": 4.5}
 VAE_STEPS = 2000
 CANVASES = ["128x128", "176x96", "96x176"]
 STEP_COUNTS = (4, 6, 8, 12, 16, 28)
@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--world", choices=("first", "whole"), default="first", help="what it learns to draw (default first)"
     )
+    p.add_argument("--begin", type=Path, metavar="FOLDER", help="go on from a model folder's weights and autoencoder")
+    p.add_argument("--keep-text", action="store_true", help="leave the text encoders as they are")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--scale", type=float, default=1.0, help="share of the recipe's steps (default 1)")
@@ -54,6 +56,7 @@ def train(options: argparse.Namespace) -> None:
     import copy
 
     import torch
+    from diffusers import AutoencoderKL
     from mini import flow, guidance, vae
     from mini.drawings import WORLDS
     from mini.evaluate import sheet
@@ -70,11 +73,14 @@ def train(options: argparse.Namespace) -> None:
         sheet(load(folder, "cpu"), run.work / f"samples-{step:06}.png", options.steps, world=run.world)
 
     run = Run(options.work, options.seed, torch.device(options.device), WORLDS[options.world])
-    autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)))
+    if options.begin:
+        autoencoder = AutoencoderKL.from_pretrained(options.begin / "vae", torch_dtype=torch.float32)
+    else:
+        autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)))
     if options.export:
         painter = flow.latest(run)
     else:
-        painter = flow.train(run, autoencoder, options.scale, not options.eager, look)
+        painter = flow.train(run, autoencoder, options.scale, not options.eager, look, options.begin, options.keep_text)
         painter = guidance.train(run, painter, autoencoder, options.scale, not options.eager)
     export(options.out, autoencoder, painter)
     print(f"wrote {options.out}")
@@ -85,6 +91,7 @@ def export(out: Path, autoencoder: Any, painter: Any) -> None:
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from mini import flow
+    from mini.text import T5_LENGTH
 
     few, many = flow.SHIFTS
     scheduler = FlowMatchEulerDiscreteScheduler(
@@ -101,7 +108,8 @@ def export(out: Path, autoencoder: Any, painter: Any) -> None:
         transformer=painter.transformer,
     )
     pipeline.to("cpu", torch.float16).save_pretrained(out)
-    (out / "flux-local.json").write_text(json.dumps({"canvas": CANVAS, "defaults": DEFAULTS}, indent=2) + "\n")
+    info = {"canvas": CANVAS, "defaults": DEFAULTS, "text_length": T5_LENGTH}
+    (out / "flux-local.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -86,11 +86,11 @@ def test_strength_is_how_far_it_goes(server: Server, drawing: Image.Image) -> No
     away = [
         distance(drawing, picture_of(edited(server, saved(drawing), prompt="a small red heart on a black background",
                                             strength=str(strength), steps="10")))
-        for strength in (0, 0.1, 0.5, 1)
+        for strength in (0, 0.3, 0.7, 1)
     ]  # fmt: skip
     assert away[0] == 0
     assert away == sorted(away)
-    assert away[1] < 0.95 * away[3], away
+    assert away[1] < 0.5 * away[3], away
     assert away[3] > 50, away
 
 

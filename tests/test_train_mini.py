@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from mini import flow
-from mini.drawings import FIRST, Scene, random_scene
+from mini.drawings import FIRST, Scene, draw, outline, random_scene, unit
+from mini.judge import judge
 from mini.text import byte_pairs
 
 from tests.servers import ROOT
@@ -38,6 +39,11 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     run("--scale", "0.001", "--eager")
     assert weights.read_bytes() == first, "a run that has ended must not train on"
     assert tokenizer.read_bytes() == vocabulary, "another process gives the words the same numbers"
+    begun, text = tmp_path / "begun", Path("text_encoder_2") / "model.safetensors"
+    warm = ["--begin", str(folder), "--keep-text", "--out", str(begun), "--work", str(tmp_path / "warm")]
+    run(*warm, "--scale", "0.001", "--eager")
+    assert (begun / text).read_bytes() == (folder / text).read_bytes()
+    assert (begun / weights.relative_to(folder)).read_bytes() != first
     output = run("--evaluate", "--brief", "--count", "6", "--canvases", "128x128", "--steps", "2")
     assert "128x128" in output
     assert (folder / "samples.png").stat().st_size > 1000
@@ -60,6 +66,21 @@ def test_prompts_are_false_only_where_the_picture_can_be_told() -> None:
     assert shares(1.0)["other"] < 0.02 * len(scenes)
     assert 0.25 * len(scenes) < shares(0.3)["other"] < 0.32 * len(scenes)
     assert all(0.08 * len(scenes) < shares(level)["none"] < 0.12 * len(scenes) for level in (0.3, 1.0))
+
+
+@pytest.mark.parametrize("canvas", [flow.SQUARE, *flow.OTHER_SHAPES])
+def test_what_is_drawn_fits_its_canvas_and_is_as_large_as_in_a_square(canvas: tuple[int, int]) -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        scene = random_scene(rng, *canvas)
+        pixels = unit(scene, *canvas)
+        assert pixels > 0.55 * 128
+        for thing in scene.things:
+            x, y = (part * side for part, side in zip(thing.centre, canvas, strict=True))
+            points = outline(thing.shape, x, y, thing.radius * pixels)
+            assert all(0 <= px <= canvas[0] and 0 <= py <= canvas[1] for px, py in points)
+        assert judge(draw(scene, *canvas), scene).size is not False
+    assert unit(random_scene(rng, 128, 128, things=1), *canvas) > 0.8 * 128
 
 
 def test_merges_do_not_depend_on_the_order_of_words() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .drawings import RELATIONS, ROWS, WORLDS
+from .flow import PHASES
 
 TEXT = """# flux-krea-mini
 
@@ -35,8 +36,8 @@ left of a green square on purple." A background that is not mentioned is chosen 
 A single object is drawn in the middle, two on either side of it; seeds change the size a little, and whatever the
 sentence leaves open.
 
-A size that is not mentioned is large. It is made for square pictures of 128² pixels: larger ones are enlarged from
-that, and wide and tall ones are composed worse. At most {t5} T5 tokens are read. A tenth of all prompts was empty in
+A size that is not mentioned is large. It draws on nine canvases of about 128² pixels, one for each of the size table's
+ratios; larger pictures are enlarged from those. At most {t5} T5 tokens are read. A tenth of all prompts was empty in
 training, so `true_cfg_scale` and `negative_prompt` act. `cfg_scale` is distilled classifier-free guidance: 1 is the
 prompt alone, every 7 above it add the difference between prompt and no prompt once more.
 
@@ -59,11 +60,14 @@ By `scripts/train_mini.py --world {world}` with seed 0, from drawings that the s
 
 The autoencoder's encoder is written down, not trained: its sixteen channels are moments of 8×8 blocks. Its decoder is
 trained under noise. Two fifths of the transformer's noise levels are from 0.9 to 1, where the prompt alone decides
-what is drawn. The committed weights are a running average. They came about in four goes, each with a rate that rose
-and fell: 5,000 steps at 128², 2,500 at eighteen canvases up to 192² (too few to learn those), 3,500 and 2,500 more at
-128², the last with sizes left unsaid only where they are large. The script as it is now trains 9,000 at 128², then
-9,000 at all ratios with false prompts among those of pictures that can be told; the weights here had neither of the
-latter.
+what is drawn. Below a noise level of 0.95 some prompts are another picture's, so that a picture is believed more than
+the prompt where it can be told: that is what lets an edit keep a part of it. The committed weights are a running
+average.
+
+They came about in several goes, each with a rate that rose and fell: 5,000 steps at 128², 2,500 at eighteen canvases up
+to 192² (too few to learn those), 3,500 and 2,500 more at 128²; then, begun from those (`--begin FOLDER --keep-text`),
+4,000 and {last:,} at the nine canvases, a third of them at 128². From nothing, the script trains 9,000 steps at 128²
+and then {last:,} at all nine; the committed weights were not made by that one command.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """
@@ -116,6 +120,7 @@ def write(folder: Path, log: Path, parameters: dict[str, int], psnr: dict[int, f
             measured=measured(results),
             psnr=", ".join(f"{value:.1f} dB PSNR at {side}²" for side, value in psnr.items()),
             stages=stages(log),
+            last=PHASES[-1].steps,
             parameters=", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items()),
         )
     )
@@ -134,4 +139,8 @@ def stages(log: Path) -> str:
         more = entry["seconds"] - before if entry["seconds"] >= before else entry["seconds"]
         seconds[stage] = seconds.get(stage, 0.0) + more
         run[stage] = entry["seconds"]
-    return "\n".join(f"- {stage}: {steps[stage]:,} steps, {seconds[stage] / 60:.0f} minutes" for stage in steps)
+
+    def lasted(count: float) -> str:
+        return f"{count / 60:.0f} minutes" if count >= 90 else f"{count:.0f} seconds"
+
+    return "\n".join(f"- {stage}: {steps[stage]:,} steps, {lasted(seconds[stage])}" for stage in steps)

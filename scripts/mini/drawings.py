@@ -48,7 +48,7 @@ PLACES: dict[str, tuple[float, float]] = {
     "right": (0.76, 0.5),
 }
 
-# Radii as a fraction of the picture's short side, by how many things there are; `placed` is one away from the middle.
+# Radii as a fraction of the picture's `unit`, by how many things there are; `placed` is one away from the middle.
 RADII = {
     "single": {"small": (0.14, 0.16), "medium": (0.22, 0.24), "large": (0.31, 0.34)},
     "placed": {"small": (0.09, 0.1), "medium": (0.135, 0.145), "large": (0.18, 0.2)},
@@ -110,7 +110,7 @@ WORLDS = {world.name: world for world in (FIRST, WHOLE)}
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. `centre` is a fraction of (width, height), `radius` a fraction of the short side."""
+    """One shape. `centre` is a fraction of (width, height), `radius` of the picture's `unit`."""
 
     colour: str
     shape: str
@@ -200,6 +200,17 @@ def outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, flo
     raise ValueError(f"no such shape: {shape}")
 
 
+def unit(scene: Scene, width: int, height: int) -> float:
+    """The pixels that radii are fractions of: the side of the square of the same area, or as much as there is room for.
+
+    So a wide or tall picture has things of the size that a square one has, if they fit into it.
+    """
+    side, short = math.sqrt(width * height), min(width, height)
+    if scene.relation is not None:
+        return min(side, width if (RELATIONS | ROWS)[scene.relation] == "horizontal" else height)
+    return min(side, short if scene.place is not None else 1.3 * short)
+
+
 def draw(scene: Scene, width: int, height: int) -> Image.Image:
     """The scene as an RGB picture of `width` × `height` pixels, drawn at twice the size and box-filtered down."""
     picture = Image.new("RGB", (2 * width, 2 * height), COLOURS[scene.background])
@@ -207,10 +218,10 @@ def draw(scene: Scene, width: int, height: int) -> Image.Image:
     if scene.second is not None:
         for row in range(2 * height):
             pen.line(((0, row), (2 * width, row)), fill=row_colour(scene, (row + 0.5) / (2 * height)))
-    short = 2 * min(width, height)
+    pixels = 2 * unit(scene, width, height)
     for thing in scene.things:
         x, y = thing.centre[0] * 2 * width, thing.centre[1] * 2 * height
-        pen.polygon(outline(thing.shape, x, y, thing.radius * short), fill=COLOURS[thing.colour])
+        pen.polygon(outline(thing.shape, x, y, thing.radius * pixels), fill=COLOURS[thing.colour])
     return picture.reduce(2)
 
 

@@ -10,11 +10,12 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,9 +34,9 @@ LOOK_EVERY = 1000
 GUIDANCE = 4.5  # the value of all training before guidance is distilled
 NEARLY_NOISE = 0.4  # share of noise levels from 0.9 to 1, where the prompt alone says what to draw
 DROPPED_PROMPTS = 0.1  # trained with the empty prompt, so that classifier-free guidance means something
-# Trained with another picture's prompt: none of those nearest to noise, up to the latter share of those well out of it.
+# Trained with another picture's prompt: none above the first noise level, FALSE_PROMPTS of those below the second.
 # A picture that can be told is then believed more than the prompt, which is what lets an edit keep a part of it.
-TOLD_BELOW, FALSE_PROMPTS = 0.96, 0.3
+UNTOLD, TOLD, FALSE_PROMPTS = 0.95, 0.85, 0.3
 
 # Of 60 to 70 tokens; each of the size table's eleven ratios is drawn on one of these nine canvases.
 SQUARE = (128, 128)
@@ -58,8 +59,9 @@ class Phase:
 
 PHASES = (
     Phase((SQUARE,), 48, 9000),
-    Phase(tuple(canvas for other in OTHER_SHAPES for canvas in (SQUARE, other)), 48, 9000),
+    Phase(tuple(c for pair in zip(*[iter(OTHER_SHAPES)] * 2, strict=True) for c in (SQUARE, *pair)), 48, 8000),
 )
+WARM_RATE = 0.5  # of the peak rates, for weights that have been trained before
 
 
 class Painter(nn.Module):
@@ -109,6 +111,23 @@ def start_closed(transformer: FluxTransformer2DModel) -> None:
             nn.init.zeros_(parameter)
     nn.init.zeros_(transformer.proj_out.weight)
     nn.init.zeros_(transformer.proj_out.bias)
+
+
+@torch.no_grad()
+def take(painter: Painter, folder: Path) -> None:
+    """Copies a model folder's weights into `painter`. Words are matched by their spelling: vocabularies may differ."""
+    found = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    painter.transformer.load_state_dict(found.transformer.state_dict())
+    for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        own, other = getattr(painter, name), getattr(found, name)
+        table, weights = own.get_input_embeddings().weight, other.get_input_embeddings().weight
+        ids, known = getattr(painter, tokenizer).get_vocab(), getattr(found, tokenizer).get_vocab()
+        words = table.clone()
+        shared = sorted(ids.keys() & known.keys())
+        words[[ids[word] for word in shared]] = weights[[known[word] for word in shared]]
+        state = other.state_dict()
+        state |= {key: words for key, value in state.items() if value.shape == weights.shape}
+        own.load_state_dict(state)
 
 
 def position_ids(width: int, height: int, device: torch.device) -> torch.Tensor:
@@ -254,28 +273,38 @@ def train(
     scale: float = 1.0,
     compiled: bool = True,
     look: Callable[[Painter, int], None] = lambda painter, step: None,
+    begin: Path | None = None,
+    keep_text: bool = False,
 ) -> Painter:
     """Trains through all phases, going on from the last checkpoint; returns the averaged weights.
 
     Args:
         scale: share of the recipe's steps; less than 1 is for trying things out.
+        begin: a model folder whose weights to begin with. Only the last phase follows, at WARM_RATE.
+        keep_text: leave the text encoders as they are: an eighth faster, where all words are known already.
         look: called every LOOK_EVERY steps and at the end with the averaged weights so far.
     """
     torch.manual_seed(run.seed)
     painter = Painter(run.seed).to(run.device)
-    reading.train(run, painter, scale)
+    if begin is None:
+        reading.train(run, painter, scale)
+    else:
+        take(painter, begin)
+    for encoder in (painter.text_encoder, painter.text_encoder_2):
+        encoder.requires_grad_(not keep_text)
+    phases = PHASES if begin is None else PHASES[-1:]
     vae = vae.eval().requires_grad_(False).to(run.device, memory_format=torch.channels_last)
     if compiled:
         compile_blocks(painter)
     average = AveragedModel(painter, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    optimiser = Optimisers(painter)
-    lengths = [max(1, round(phase.steps * scale)) for phase in PHASES]
+    optimiser = Optimisers(painter, 1.0 if begin is None else WARM_RATE)
+    lengths = [max(1, round(phase.steps * scale)) for phase in phases]
     steps = sum(lengths)
     start = run.resume("flow", painter, optimiser, average=average)
     rate = run.one_cycle(steps, warm_up=200)
     first = 0
     with run.progress("transformer", steps, start) as progress:
-        for phase, length in zip(PHASES, lengths, strict=True):
+        for phase, length in zip(phases, lengths, strict=True):
             pools = Pools(run, vae, phase.canvases, phase.batch, length, first)
             for step in range(max(first, start), first + length):
                 generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
@@ -299,7 +328,7 @@ def worded(scenes: list[Scene], sigma: torch.Tensor, rng: random.Random, world: 
     """A prompt for each scene at its noise level: its own, none, or, where the picture can be told, another's."""
     prompts = []
     for index, (scene, level) in enumerate(zip(scenes, sigma.tolist(), strict=True)):
-        told = min(1.0, max(0.0, (TOLD_BELOW - level) / 0.2))
+        told = min(1.0, max(0.0, (UNTOLD - level) / (UNTOLD - TOLD)))
         if rng.random() < DROPPED_PROMPTS:
             prompts.append("")
         elif rng.random() < FALSE_PROMPTS * told:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .drawings import BANDS, COLOURS, FIRST, PLACES, RADII, RELATIONS, ROWS, SHAPES, Scene, World, outline
+from .drawings import BANDS, COLOURS, FIRST, PLACES, RADII, RELATIONS, ROWS, SHAPES, Scene, World, outline, unit
 
 NAMES = list(COLOURS)
 PALETTE = np.array([COLOURS[name] for name in NAMES], dtype=np.float32)
@@ -22,7 +22,7 @@ TEMPLATE = 48
 
 @dataclass(frozen=True)
 class Seen:
-    """One thing in a picture. Centre in pixels; `radius`, a fraction of the short side, is estimated from the area."""
+    """One thing in a picture. Centre and radius in pixels; the latter is estimated from the area."""
 
     colour: str
     shape: str
@@ -153,7 +153,7 @@ def measure(mask: np.ndarray, colour: str, world: World = FIRST) -> Seen | None:
     cut_mask = np.asarray(cut) > 127
     overlap = {s: float((cut_mask & t).sum() / max(1, (cut_mask | t).sum())) for s, t in TEMPLATES.items()}
     shape = max(world.shapes, key=overlap.__getitem__)
-    radius = float(np.sqrt(mask.sum() / AREA[shape])) / min(mask.shape)
+    radius = float(np.sqrt(mask.sum() / AREA[shape]))
     centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
     return Seen(colour, shape, centre, radius, overlap[shape])
 
@@ -167,9 +167,9 @@ def in_order(things: list[Seen], relation: str) -> bool:
     return all(a < b for a, b in pairwise(along))
 
 
-def size_of(seen: Seen, group: str, world: World) -> str:
-    """The size whose radii are nearest."""
-    return min(world.sizes, key=lambda size: abs(sum(RADII[group][size]) / 2 - seen.radius))
+def size_of(seen: Seen, group: str, world: World, pixels: float) -> str:
+    """The size whose radii are nearest, in a picture with a `unit` of so many pixels."""
+    return min(world.sizes, key=lambda size: abs(sum(RADII[group][size]) / 2 - seen.radius / pixels))
 
 
 def judge(picture: Image.Image, scene: Scene, mentions_size: bool = True, world: World = FIRST) -> Verdict:
@@ -182,7 +182,7 @@ def judge(picture: Image.Image, scene: Scene, mentions_size: bool = True, world:
         size = place = None
         if mentions_size:
             group = "single" if scene.place is None else "placed"
-            size = seen is not None and size_of(seen, group, world) == asked.size
+            size = seen is not None and size_of(seen, group, world, unit(scene, *picture.size)) == asked.size
         if scene.place is not None:
             at = None if seen is None else (seen.centre[0] / picture.width, seen.centre[1] / picture.height)
             place = at is not None and math.dist(at, PLACES[scene.place]) < 0.15
