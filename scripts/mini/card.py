@@ -141,6 +141,6 @@ def stages(log: Path) -> str:
         run[stage] = entry["seconds"]
 
     def lasted(count: float) -> str:
-        return f"{count / 60:.0f} minutes" if count >= 90 else f"{count:.0f} seconds"
+        return f"{count / 60:.0f} minutes" if count >= 60 else "under a minute"
 
     return "\n".join(f"- {stage}: {steps[stage]:,} steps, {lasted(seconds[stage])}" for stage in steps)
