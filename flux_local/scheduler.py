@@ -19,8 +19,8 @@ AGEING = 0.5
 AGEING yields to no job that comes later, so it waits at most that long and for what was there before."""
 
 QUANTUM = 1.0
-"""Seconds of the device between two changes of weights, as long as there is work for those that are in place: changing
-them takes a tenth of that or more."""
+"""Seconds of the device between two changes of weights, as long as there is work for those that are in place: a change
+writes every layer that an adapter touches."""
 
 Canvas = tuple[int, int]
 RANK = attrgetter("rank")

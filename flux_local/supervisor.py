@@ -216,10 +216,15 @@ class Supervisor:
         command = [sys.executable, "-m", "flux_local.engine_process", "--fd", str(theirs.fileno()),
                    "--pulse", str(self._pulse.descriptor), "--model", str(self.folder),
                    "--device", self.device, *self.options]  # fmt: skip
-        self.process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno(), self._pulse.descriptor], stdin=subprocess.DEVNULL
-        )
-        theirs.close()
+        try:
+            self.process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno(), self._pulse.descriptor], stdin=subprocess.DEVNULL
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours)
         return reader
 

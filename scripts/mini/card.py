@@ -64,10 +64,10 @@ what is drawn. Below a noise level of 0.95 some prompts are another picture's, s
 the prompt where it can be told: that is what lets an edit keep a part of it. The committed weights are a running
 average.
 
-They came about in several goes, each with a rate that rose and fell: 5,000 steps at 128², 2,500 at eighteen canvases up
-to 192² (too few to learn those), 3,500 and 2,500 more at 128²; then, begun from those (`--begin FOLDER --keep-text`),
-4,000 and {last:,} at the nine canvases, a third of them at 128². From nothing, the script trains 9,000 steps at 128²
-and then {last:,} at all nine; the committed weights were not made by that one command.
+They came about in several goes: 5,000 steps at 128², 2,500 at eighteen canvases up to 192² (too few to learn those),
+3,500 and 2,500 more at 128²; then, begun from those (`--begin FOLDER --keep-text`), 4,000 at the nine canvases, cut off
+there to draw things larger, and {last:,} with that, a third of them at 128². From nothing, the script trains 9,000
+steps at 128² and then {last:,} at all nine; the committed weights were not made by that one command.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """
