@@ -66,11 +66,12 @@ def main() -> None:
 
     from diffusers import FluxTransformer2DModel
     from mini.drawings import describe, draw, random_scene
-    from mini.flow import position_ids, random_sigmas
+    from mini.flow import random_sigmas
     from rich.progress import track
     from safetensors.torch import save_file
 
     from flux_local import weights
+    from flux_local.model.latents import position_ids
     from flux_local.model.loader import load
     from flux_local.model.text import PromptEmbedding
 
@@ -102,7 +103,7 @@ def main() -> None:
             pooled_projections=torch.cat([p.pooled for p in prompts]).clone(),
             timestep=sigma,
             guidance=torch.full_like(sigma, 4.5),
-            img_ids=position_ids(SIDE, SIDE, torch.device("cpu")),
+            img_ids=position_ids(SIDE, SIDE),
             txt_ids=torch.zeros(prompts[0].states.shape[1], 3),
         ).sample
         loss = F.mse_loss(velocity, noise - clean)

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--begin", type=Path, metavar="FOLDER", help="go on from a model folder's weights and autoencoder")
     p.add_argument("--keep-text", action="store_true", help="leave the text encoders as they are")
+    p.add_argument("--only-practice", action="store_true", help="the last stage alone; needs --begin")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--scale", type=float, default=1.0, help="share of the recipe's steps (default 1)")
@@ -57,7 +58,7 @@ def train(options: argparse.Namespace) -> None:
 
     import torch
     from diffusers import AutoencoderKL
-    from mini import flow, guidance, vae
+    from mini import flow, guidance, practice, vae
     from mini.drawings import WORLDS
     from mini.evaluate import sheet
     from mini.run import Run
@@ -80,8 +81,14 @@ def train(options: argparse.Namespace) -> None:
     if options.export:
         painter = flow.latest(run)
     else:
-        painter = flow.train(run, autoencoder, options.scale, not options.eager, look, options.begin, options.keep_text)
-        painter = guidance.train(run, painter, autoencoder, options.scale, not options.eager)
+        how = {"scale": options.scale, "compiled": not options.eager}
+        if options.only_practice:
+            painter = flow.Painter(run.seed)
+            flow.take(painter, options.begin)
+        else:
+            painter = flow.train(run, autoencoder, **how, look=look, begin=options.begin, keep_text=options.keep_text)
+            painter = guidance.train(run, painter, autoencoder, **how)
+        painter = practice.train(run, painter, autoencoder, **how, look=look)
     export(options.out, autoencoder, painter)
     print(f"wrote {options.out}")
 
@@ -164,6 +171,8 @@ def parameters(folder: Path) -> int:
 
 def main() -> None:
     options = parser().parse_args()
+    if options.only_practice and not options.begin:
+        parser().error("--only-practice goes on from a model: say which with --begin FOLDER.")
     if options.evaluate:
         evaluate(options)
     else:

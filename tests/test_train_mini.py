@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import flow
-from mini.drawings import FIRST, Scene, draw, outline, random_scene, unit
+from diffusers import AutoencoderKL
+from mini import flow, practice
+from mini.drawings import FIRST, Scene, Thing, draw, outline, random_scene, unit
 from mini.judge import judge
+from mini.run import Run
 from mini.text import byte_pairs
 
 from tests.servers import ROOT
@@ -44,6 +46,11 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     run(*warm, "--scale", "0.001", "--eager")
     assert (begun / text).read_bytes() == (folder / text).read_bytes()
     assert (begun / weights.relative_to(folder)).read_bytes() != first
+    practised = begun.parent / "practised"
+    run(*warm[:2], "--only-practice", "--out", str(practised), "--work", str(tmp_path / "practice"), "--eager",
+        "--scale", "0.0002")  # fmt: skip
+    assert (practised / text).read_bytes() == (folder / text).read_bytes()
+    assert (practised / weights.relative_to(folder)).read_bytes() != first
     output = run("--evaluate", "--brief", "--count", "6", "--canvases", "128x128", "--steps", "2")
     assert "128x128" in output
     assert (folder / "samples.png").stat().st_size > 1000
@@ -81,6 +88,59 @@ def test_what_is_drawn_fits_its_canvas_and_is_as_large_as_in_a_square(canvas: tu
             assert all(0 <= px <= canvas[0] and 0 <= py <= canvas[1] for px, py in points)
         assert judge(draw(scene, *canvas), scene).size is not False
     assert unit(random_scene(rng, 128, 128, things=1), *canvas) > 0.8 * 128
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(ROOT / "weights" / "flux-krea-mini" / "vae", torch_dtype=torch.float32)
+
+
+def mended(
+    folder: Path, vae: AutoencoderKL, scenes: list[Scene], pictures: list[Scene], canvas: tuple[int, int]
+) -> list[Scene]:
+    """What the scenes should have been where `pictures` were drawn; every other prompt leaves the background open."""
+    run = Run(folder, 0, torch.device("cpu"), FIRST)
+    latents = flow.encoded(run, vae, pictures, *canvas)
+    return practice.mended(run, vae, scenes, [i % 2 == 0 for i in range(len(scenes))], latents, *canvas)
+
+
+@pytest.mark.parametrize("canvas", [flow.SQUARE, *flow.OTHER_SHAPES[-4:]])
+def test_a_right_drawing_is_mended_to_itself(
+    canvas: tuple[int, int], tmp_path: Path, autoencoder: AutoencoderKL
+) -> None:
+    rng = random.Random(0)
+    scenes = [random_scene(rng, *canvas) for _ in range(40)]
+    for scene, found in zip(scenes, mended(tmp_path, autoencoder, scenes, scenes, canvas), strict=True):
+        assert (found.background, found.relation) == (scene.background, scene.relation)
+        for thing, other in zip(scene.things, found.things, strict=True):
+            assert (other.colour, other.shape, other.size) == (thing.colour, thing.shape, thing.size)
+            off = [(a - b) * side for a, b, side in zip(thing.centre, other.centre, canvas, strict=True)]
+            assert max(map(abs, off)) < 0.6
+            assert abs(thing.radius - other.radius) * unit(scene, *canvas) < 0.5
+
+
+def test_a_wrong_drawing_is_mended_to_what_was_asked_where_it_stands(
+    tmp_path: Path, autoencoder: AutoencoderKL
+) -> None:
+    def pair(background: str, left: tuple[str, str], right: tuple[str, str]) -> Scene:
+        things = (Thing(*left, "small", (0.257, 0.485), 0.13), Thing(*right, "large", (0.742, 0.51), 0.207))
+        return Scene(background, things, "left of")
+
+    asked = pair("blue", ("red", "star"), ("yellow", "circle"))
+    drawn = [
+        pair("blue", ("red", "heart"), ("yellow", "circle")),  # another shape
+        pair("green", ("red", "star"), ("yellow", "circle")),  # a background that the prompt leaves open
+        pair("blue", ("red", "star"), ("orange", "square")),  # another colour and shape
+        Scene("white", ()),  # nothing
+    ]
+    found = mended(tmp_path, autoencoder, [asked] * len(drawn), drawn, flow.SQUARE)
+    assert [scene.background for scene in found] == ["blue", "green", "blue", "white"]
+    for scene, picture in zip(found, drawn, strict=True):
+        assert [(t.colour, t.shape, t.size) for t in scene.things] == [
+            ("red", "star", "small"), ("yellow", "circle", "large"),
+        ]  # fmt: skip
+        for thing, seen in zip(scene.things, picture.things, strict=False):
+            assert max(abs(a - b) for a, b in zip(thing.centre, seen.centre, strict=True)) * 128 < 1.2
 
 
 def test_merges_do_not_depend_on_the_order_of_words() -> None:

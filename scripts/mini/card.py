@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import flow, practice
 from .drawings import RELATIONS, ROWS, WORLDS
-from .flow import PHASES
 
 TEXT = """# flux-krea-mini
 
@@ -38,8 +38,8 @@ sentence leaves open.
 
 A size that is not mentioned is large. It draws on nine canvases of about 128² pixels, one for each of the size table's
 ratios; larger pictures are enlarged from those. At most {t5} T5 tokens are read. A tenth of all prompts was empty in
-training, so `true_cfg_scale` and `negative_prompt` act. `cfg_scale` is distilled classifier-free guidance: 1 is the
-prompt alone, every 7 above it add the difference between prompt and no prompt once more.
+training, so `true_cfg_scale` and `negative_prompt` act. `cfg_scale` 1 is the prompt alone, as drawings have taught it;
+from 2 on the model is as practice has made it: surer of the prompt, less varied.
 
 ## Measured
 
@@ -61,13 +61,17 @@ By `scripts/train_mini.py --world {world}` with seed 0, from drawings that the s
 The autoencoder's encoder is written down, not trained: its sixteen channels are moments of 8×8 blocks. Its decoder is
 trained under noise. Two fifths of the transformer's noise levels are from 0.9 to 1, where the prompt alone decides
 what is drawn. Below a noise level of 0.95 some prompts are another picture's, so that a picture is believed more than
-the prompt where it can be told: that is what lets an edit keep a part of it. The committed weights are a running
-average.
+the prompt where it can be told: that is what lets an edit keep a part of it. Classifier-free guidance is distilled
+into the guidance embedding. Then the model practises: it draws prompts in 4 to 16 steps, each drawing is mended to what
+the prompt says (where its things stand, as large as they are), and at every step of the way it learns the velocity that
+leads there. The committed weights are a running average.
 
 They came about in several goes: 5,000 steps at 128², 2,500 at eighteen canvases up to 192² (too few to learn those),
 3,500 and 2,500 more at 128²; then, begun from those (`--begin FOLDER --keep-text`), 4,000 at the nine canvases, cut off
-there to draw things larger, and {last:,} with that, a third of them at 128². From nothing, the script trains 9,000
-steps at 128² and then {last:,} at all nine; the committed weights were not made by that one command.
+there to draw things larger, and {last:,} with that, a third of them at 128²; and practice, in two goes
+(`--only-practice`), the second with the small things of a pair a little larger than before. From nothing, the script
+trains 9,000 steps at 128², {last:,} at all nine, and practises for {practice:,}; the committed weights were not made by
+that one command.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """
@@ -120,7 +124,8 @@ def write(folder: Path, log: Path, parameters: dict[str, int], psnr: dict[int, f
             measured=measured(results),
             psnr=", ".join(f"{value:.1f} dB PSNR at {side}²" for side, value in psnr.items()),
             stages=stages(log),
-            last=PHASES[-1].steps,
+            last=flow.PHASES[-1].steps,
+            practice=practice.STEPS,
             parameters=", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items()),
         )
     )

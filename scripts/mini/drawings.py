@@ -12,6 +12,7 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from PIL import Image, ImageDraw
 
@@ -34,6 +35,7 @@ COLOURS: dict[str, Rgb] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "arrow", "moon", "hexagon")
 RELATIONS = {"left of": "horizontal", "right of": "horizontal", "above": "vertical", "below": "vertical"}
+BACKWARDS = ("right of", "below")  # the relations that name the second place first
 ROWS = {"from left to right": "horizontal", "from top to bottom": "vertical"}  # of three things
 PATTERNS = ("plain", "striped", "gradient")  # bands of two colours; from one at the top to another at the bottom
 BANDS = 8
@@ -52,9 +54,12 @@ PLACES: dict[str, tuple[float, float]] = {
 RADII = {
     "single": {"small": (0.14, 0.16), "medium": (0.22, 0.24), "large": (0.31, 0.34)},
     "placed": {"small": (0.09, 0.1), "medium": (0.135, 0.145), "large": (0.18, 0.2)},
-    "pair": {"small": (0.12, 0.135), "medium": (0.16, 0.175), "large": (0.205, 0.225)},
+    "pair": {"small": (0.14, 0.15), "medium": (0.17, 0.18), "large": (0.205, 0.225)},
     "three": {"small": (0.08, 0.09), "medium": (0.105, 0.115), "large": (0.135, 0.15)},
 }
+# Where things stand in order along the picture, and how far a thing may be off there and across.
+MIDDLES = {1: (0.5,), 2: (0.265, 0.735), 3: (1 / 6, 0.5, 5 / 6)}
+OFF_ALONG, OFF_ACROSS = 0.01, 0.02
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "red": ("crimson", "scarlet"),
@@ -200,6 +205,23 @@ def outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, flo
     raise ValueError(f"no such shape: {shape}")
 
 
+def middle_of(shape: str) -> tuple[float, float, float]:
+    """Area and centre of gravity of an outline of radius 1, by the shoelace formula."""
+    points = outline(shape, 0.0, 0.0, 1.0)
+    area = x = y = 0.0
+    for (ax, ay), (bx, by) in pairwise([*points, points[0]]):
+        cross = ax * by - bx * ay
+        area, x, y = area + cross / 2, x + (ax + bx) * cross / 6, y + (ay + by) * cross / 6
+    return abs(area), x / area, y / area
+
+
+def group(scene: Scene) -> str:
+    """The entry of RADII that the scene's things are of."""
+    if len(scene.things) > 1:
+        return "pair" if len(scene.things) == 2 else "three"
+    return "single" if scene.place is None else "placed"
+
+
 def unit(scene: Scene, width: int, height: int) -> float:
     """The pixels that radii are fractions of: the side of the square of the same area, or as much as there is room for.
 
@@ -295,13 +317,14 @@ def single(rng: random.Random, colour: str, shape: str, size: str, place: str | 
     """One thing, about the middle or at its place."""
     radius = rng.uniform(*RADII["single" if place is None else "placed"][size])
     x, y = (0.5, 0.5) if place is None else PLACES[place]
-    return Thing(colour, shape, size, (x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02)), radius)
+    x, y = x + rng.uniform(-OFF_ACROSS, OFF_ACROSS), y + rng.uniform(-OFF_ACROSS, OFF_ACROSS)
+    return Thing(colour, shape, size, (x, y), radius)
 
 
 def paired(rng: random.Random, named: list[tuple[str, str]], relation: str, sizes: tuple[str, ...]) -> list[Thing]:
     """Two things, the first in `relation` to the second, each in its own half of the canvas."""
     horizontal = RELATIONS[relation] == "horizontal"
-    first_comes_first = relation in ("left of", "above")
+    first_comes_first = relation not in BACKWARDS
     alike = named[0] == named[1]
     common = rng.choice(sizes)
     things = []
@@ -309,8 +332,8 @@ def paired(rng: random.Random, named: list[tuple[str, str]], relation: str, size
         size = common if alike else rng.choice(sizes)
         radius = rng.uniform(*RADII["pair"][size])
         in_first_half = (index == 0) == first_comes_first
-        along = rng.uniform(0.255, 0.275) if in_first_half else rng.uniform(0.725, 0.745)
-        across = rng.uniform(0.48, 0.52)
+        along = MIDDLES[2][0 if in_first_half else 1] + rng.uniform(-OFF_ALONG, OFF_ALONG)
+        across = 0.5 + rng.uniform(-OFF_ACROSS, OFF_ACROSS)
         things.append(Thing(colour, shape, size, (along, across) if horizontal else (across, along), radius))
     return things
 
@@ -320,8 +343,8 @@ def in_a_row(rng: random.Random, named: list[tuple[str, str]], relation: str, si
     things = []
     for index, (colour, shape) in enumerate(named):
         size = rng.choice(sizes)
-        along = (2 * index + 1) / 6 + rng.uniform(-0.01, 0.01)
-        across = rng.uniform(0.48, 0.52)
+        along = MIDDLES[3][index] + rng.uniform(-OFF_ALONG, OFF_ALONG)
+        across = 0.5 + rng.uniform(-OFF_ACROSS, OFF_ACROSS)
         centre = (along, across) if ROWS[relation] == "horizontal" else (across, along)
         things.append(Thing(colour, shape, size, centre, rng.uniform(*RADII["three"][size])))
     return things

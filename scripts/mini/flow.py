@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flux_local.model.latents import pack, position_ids
+
 from . import reading
 from .drawings import Scene, World, describe, draw, random_scene
 from .run import Run
@@ -100,6 +102,9 @@ class Painter(nn.Module):
         )
 
 
+Look = Callable[[Painter, int], None]  # what a stage shows of its averaged weights at a step
+
+
 def start_closed(transformer: FluxTransformer2DModel) -> None:
     """Zero gates and a zero output: every block begins as the identity (adaLN-Zero, arXiv 2212.09748, section 3.2).
 
@@ -130,16 +135,17 @@ def take(painter: Painter, folder: Path) -> None:
         own.load_state_dict(state)
 
 
-def position_ids(width: int, height: int, device: torch.device) -> torch.Tensor:
-    """[tokens, 3]: row and column of each 16-pixel patch."""
-    rows, columns = torch.meshgrid(torch.arange(height // 16), torch.arange(width // 16), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float().to(device)
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """[batch, 16, h, w] → [batch, h/2·w/2, 64]."""
-    b, c, h, w = latents.shape
-    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
+@torch.no_grad()
+def encoded(run: Run, vae: AutoencoderKL, scenes: list[Scene], width: int, height: int) -> torch.Tensor:
+    """Scaled latents of the scenes' drawings, packed: [scenes, tokens, 64]."""
+    parts = []
+    for at in range(0, len(scenes), 32):
+        drawn = [np.asarray(draw(scene, width, height)) for scene in scenes[at : at + 32]]
+        x = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+        with run.autocast():
+            mean = vae.encode(x.to(run.device, memory_format=torch.channels_last)).latent_dist.mean
+        parts.append(pack((mean.float() - vae.config.shift_factor) * vae.config.scaling_factor))
+    return torch.cat(parts)
 
 
 class Pool:
@@ -162,19 +168,10 @@ class Pool:
         )
         return self.latents[chosen].float(), [self.scenes[i] for i in chosen]
 
-    @torch.no_grad()
     def load(self, index: int) -> None:
         rng = random.Random(f"{self.run.seed} {self.width}x{self.height} chunk {self.offset + index}")
         self.scenes = [random_scene(rng, self.width, self.height, world=self.run.world) for _ in range(self.chunk)]
-        parts = []
-        for at in range(0, self.chunk, 32):
-            drawn = [np.asarray(draw(scene, self.width, self.height)) for scene in self.scenes[at : at + 32]]
-            x = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-            with self.run.autocast():
-                mean = self.vae.encode(x.to(self.run.device, memory_format=torch.channels_last)).latent_dist.mean
-            scaled = (mean.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-            parts.append(pack(scaled))
-        self.latents = torch.cat(parts).half()
+        self.latents = encoded(self.run, self.vae, self.scenes, self.width, self.height).half()
         self.loaded = index
 
 
@@ -272,7 +269,7 @@ def train(
     vae: AutoencoderKL,
     scale: float = 1.0,
     compiled: bool = True,
-    look: Callable[[Painter, int], None] = lambda painter, step: None,
+    look: Look = lambda painter, step: None,
     begin: Path | None = None,
     keep_text: bool = False,
 ) -> Painter:
@@ -366,7 +363,7 @@ def velocity(
                 pooled_projections=pooled,
                 timestep=sigma.to(device),
                 guidance=guidance.to(device),
-                img_ids=position_ids(width, height, device),
+                img_ids=position_ids(width, height).to(device),
                 txt_ids=torch.zeros(T5_LENGTH, 3, device=device),
                 return_dict=False,
             )[0]
@@ -380,9 +377,9 @@ def weighted(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def latest(run: Run) -> Painter:
-    """The averaged weights of the last checkpoint, with guidance distilled if it has come to that."""
+    """The averaged weights of the last checkpoint of the last stage that has one."""
     average = AveragedModel(Painter(run.seed), multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    guided = run.work / "guidance.pt"
-    path = guided if guided.exists() else run.work / "flow.pt"
+    stages = [run.work / f"{stage}.pt" for stage in ("practice", "guidance", "flow")]
+    path = next((stage for stage in stages if stage.exists()), stages[-1])
     average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
     return cast(Painter, average.module).eval()

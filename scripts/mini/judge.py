@@ -13,7 +13,22 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .drawings import BANDS, COLOURS, FIRST, PLACES, RADII, RELATIONS, ROWS, SHAPES, Scene, World, outline, unit
+from .drawings import (
+    BACKWARDS,
+    BANDS,
+    COLOURS,
+    FIRST,
+    PLACES,
+    RADII,
+    RELATIONS,
+    ROWS,
+    SHAPES,
+    Scene,
+    World,
+    middle_of,
+    outline,
+    unit,
+)
 
 NAMES = list(COLOURS)
 PALETTE = np.array([COLOURS[name] for name in NAMES], dtype=np.float32)
@@ -60,11 +75,7 @@ def mask_of(shape: str) -> np.ndarray:
 
 TEMPLATES = {shape: mask_of(shape) for shape in SHAPES}
 # A shape's area over the square of its radius, to get the radius back from the area.
-AREA = {}
-for _shape in SHAPES:
-    _points = np.array(outline(_shape, 0.0, 0.0, 1.0))
-    _x, _y = _points[:, 0], _points[:, 1]
-    AREA[_shape] = 0.5 * abs(np.dot(_x, np.roll(_y, 1)) - np.dot(_y, np.roll(_x, 1)))
+AREA = {shape: middle_of(shape)[0] for shape in SHAPES}
 
 
 def nearest_colours(pixels: np.ndarray, world: World = FIRST) -> np.ndarray:
@@ -162,7 +173,7 @@ def in_order(things: list[Seen], relation: str) -> bool:
     """Whether things lie as the relation says: of two the first to the second, or three as they are named."""
     axis = 0 if (RELATIONS | ROWS)[relation] == "horizontal" else 1
     along = [thing.centre[axis] for thing in things]
-    if relation in ("right of", "below"):
+    if relation in BACKWARDS:
         along.reverse()
     return all(a < b for a, b in pairwise(along))
 

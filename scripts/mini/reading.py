@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .drawings import PLACES, RELATIONS, ROWS, Scene, Wording, World, describe, random_scene
+from .drawings import BACKWARDS, PLACES, RELATIONS, ROWS, Scene, Wording, World, describe, random_scene
 from .run import Run
 
 STEPS = 1200
@@ -54,7 +54,7 @@ def meaning(scene: Scene, wording: Wording, world: World) -> dict[str, str]:
     things = list(scene.things)
     if scene.relation is not None:
         said["axis"] = AXES[scene.relation]
-        if scene.relation in ("right of", "below"):
+        if scene.relation in BACKWARDS:
             things.reverse()
     for ordinal, thing in zip(ORDINALS, things, strict=False):
         said |= {f"{ordinal} colour": thing.colour, f"{ordinal} shape": thing.shape}

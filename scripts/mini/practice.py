@@ -1,0 +1,292 @@
+"""Stage five: practice. The painter draws, and learns what it should have drawn.
+
+From noise it draws a prompt as a server would. The right drawing is the prompt's, with each thing as large and as far
+off its place as the painter has it (`mended`), and at every step of the way the painter learns the velocity that leads
+there. Drawings alone never show it its own mistakes, from which it does not find back (DAgger, arXiv 1011.0686); and a
+way that leads straight to one drawing is gone in few steps (reflow, arXiv 2209.03003, section 2.2).
+
+Every other batch is one of the stages before, for pictures that are not its own: edits begin with those. Half of it is
+at guidance 1, which is not practised: there the painter stays what drawings have made it.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import cast
+
+import torch
+from diffusers import AutoencoderKL
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from flux_local.model.latents import unpack
+from flux_local.model.schedule import FlowSchedule
+
+from . import flow
+from .drawings import (
+    BACKWARDS,
+    COLOURS,
+    MIDDLES,
+    OFF_ACROSS,
+    OFF_ALONG,
+    PLACES,
+    RADII,
+    RELATIONS,
+    ROWS,
+    Rgb,
+    Scene,
+    Thing,
+    World,
+    describe,
+    group,
+    held_out,
+    middle_of,
+    random_scene,
+    stands_out,
+    unit,
+)
+from .run import Run
+from .vae import CHANNELS, COLOUR_AXES, MEASURED, WANTED
+
+STEPS = 8000
+BATCH = 48
+RATE = 0.4  # of the peak rates of the stage of drawings
+AVERAGE = 0.998
+CANVASES = (flow.SQUARE, *flow.OTHER_SHAPES)
+DRAWN_IN = (4, 8, 8, 16)  # steps of each batch of drawings that the painter makes at a time
+CROWDED = 0.3  # share of drawings that have as many things as there can be, beside those by chance
+GUIDANCE = (2.0, 10.0)  # half of the practice is at the usual value, the other half between these
+LOOK_EVERY = 1000
+PEN = 0.25  # pixels by which Pillow draws an outline larger than its polygon
+
+FEW, MANY = flow.SHIFTS
+SCHEDULE = FlowSchedule(
+    base_shift=flow.SHIFTS[FEW], max_shift=flow.SHIFTS[MANY], base_image_seq_len=FEW, max_image_seq_len=MANY
+)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch of moments on the painter's ways over one canvas: what it had, and the velocity it should have had."""
+
+    canvas: tuple[int, int]
+    noisy: torch.Tensor  # [batch, tokens, 64], as `wanted`
+    sigma: torch.Tensor
+    prompts: list[str]
+    guidance: torch.Tensor
+    wanted: torch.Tensor
+
+
+def on_axes(colour: Rgb) -> torch.Tensor:
+    """A colour along the latents' COLOUR_AXES: [3]."""
+    return torch.tensor(COLOUR_AXES) @ (torch.tensor(colour) / 127.5 - 1)
+
+
+def coloured(latents: torch.Tensor) -> torch.Tensor:
+    """[batch, 16, h, w] → [batch, moment, axis, h, w]: of each 8×8 block the mean colour, and that of x·colour and
+    y·colour, with x and y from −1 to 1 within the block."""
+    order = ((0, 0), (1, 0), (0, 1))
+    index = [CHANNELS.index((axis, moment)) for moment in range(len(order)) for axis in range(3)]
+    scales = torch.tensor([MEASURED[at] / WANTED[CHANNELS[at][1]] for at in index])
+    found = latents[:, index] * scales[:, None, None]
+    return found.view(len(latents), len(order), 3, *latents.shape[2:])
+
+
+def likely_background(scene: Scene, seen: torch.Tensor, world: World) -> Scene:
+    """The scene on the plain background that is nearest to what lies around the picture's edge.
+
+    Args:
+        seen: mean colours of the picture's blocks, [axis, h, w].
+    """
+    edge = torch.cat([seen[:, [0, -1]].flatten(1), seen[:, :, [0, -1]].flatten(1)], dim=1).median(dim=1).values
+
+    def allowed(background: str) -> bool:
+        return all(
+            stands_out(thing.colour, background, None) and not held_out(thing.colour, thing.shape, background)
+            for thing in scene.things
+        )
+
+    choice = [colour for colour in world.colours if allowed(colour)]
+    if not choice:
+        return scene
+    nearest = min(choice, key=lambda colour: float((on_axes(COLOURS[colour]) - edge).square().sum()))
+    return replace(scene, background=nearest, pattern="plain", second=None)
+
+
+def between(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)
+
+
+def measured(scene: Scene, index: int, seen: torch.Tensor, empty: torch.Tensor, width: int, height: int) -> Thing:
+    """The scene's thing of that index, as large and as far off its place as it is seen to be, within what is allowed.
+
+    Args:
+        seen, empty: `coloured` of the picture and of its background alone, [moment, axis, h, w].
+    """
+    thing, count = scene.things[index], len(scene.things)
+    horizontal = scene.relation is not None and (RELATIONS | ROWS)[scene.relation] == "horizontal"
+    slot = count - 1 - index if scene.relation in BACKWARDS else index
+    length = width if horizontal else height
+    first, last = (round(part * length / 8 / count) for part in (slot, slot + 1))
+    own = (..., slice(first, last)) if horizontal else (..., slice(first, last), slice(None))
+    away = on_axes(COLOURS[thing.colour])[:, None, None] - empty[0][own]
+    cover = ((seen - empty)[own] * away).sum(dim=1) / away.square().sum(dim=0)  # [moment, rows, columns]
+    cover = cover * (cover[0] > 0.05)
+    low, high = RADII[group(scene)][thing.size]
+    middle = PLACES[scene.place] if scene.place else (0.5, 0.5)
+    if scene.relation is not None:
+        middle = (MIDDLES[count][slot], 0.5) if horizontal else (0.5, MIDDLES[count][slot])
+    if not float(cover[0].sum()) > 0:
+        return replace(thing, centre=middle, radius=(low + high) / 2)
+    rows, columns = cover.shape[1:]
+    x = (torch.arange(columns) + 0.5) * 8 + (8 * first if horizontal else 0)
+    y = (torch.arange(rows) + 0.5) * 8 + (8 * first if not horizontal else 0)
+    total = cover[0].sum()
+    at_x = float((cover[0] * x + 4 * cover[1]).sum() / total)
+    at_y = float((cover[0] * y[:, None] + 4 * cover[2]).sum() / total)
+    area, off_x, off_y = middle_of(thing.shape)
+    pixels = unit(scene, width, height)
+    radius = between(((64 * float(total) / area) ** 0.5 - PEN) / pixels, low, high)
+    off = (OFF_ACROSS, OFF_ACROSS)
+    if scene.relation is not None:
+        off = (OFF_ALONG, OFF_ACROSS) if horizontal else (OFF_ACROSS, OFF_ALONG)
+    found = ((at_x - off_x * radius * pixels) / width, (at_y - off_y * radius * pixels) / height)
+    centre = tuple(between(a, m - o, m + o) for a, m, o in zip(found, middle, off, strict=True))
+    return replace(thing, centre=cast(tuple[float, float], centre), radius=radius)
+
+
+def mended(
+    run: Run,
+    vae: AutoencoderKL,
+    scenes: list[Scene],
+    said: list[bool],
+    latents: torch.Tensor,
+    width: int,
+    height: int,
+) -> list[Scene]:
+    """What the pictures should have been: the scenes, with what a prompt leaves open as it is in the picture.
+
+    Args:
+        said: whether each prompt mentions the background.
+        latents: of the pictures, [scenes, tokens, 64].
+    """
+    seen = coloured(unpack(latents.float().cpu(), width, height))
+    scenes = [
+        scene if told else likely_background(scene, picture[0], run.world)
+        for scene, told, picture in zip(scenes, said, seen, strict=True)
+    ]
+    bare = flow.encoded(run, vae, [replace(scene, things=()) for scene in scenes], width, height)
+    empty = coloured(unpack(bare.float().cpu(), width, height))
+    return [
+        replace(
+            scene,
+            things=tuple(measured(scene, i, seen[n], empty[n], width, height) for i in range(len(scene.things))),
+        )
+        for n, scene in enumerate(scenes)
+    ]
+
+
+@torch.no_grad()
+def lessons(run: Run, painter: flow.Painter, vae: AutoencoderKL, turn: int) -> list[Lesson]:
+    """From a batch of drawings for each of DRAWN_IN, over the next canvases in turn; in random order."""
+    rng = random.Random(f"{run.seed} practice {turn}")
+    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + 30_000_000 + turn)
+    found = []
+    for index, steps in enumerate(DRAWN_IN):
+        canvas = width, height = CANVASES[(turn * len(DRAWN_IN) + index) % len(CANVASES)]
+        counts = [run.world.most if rng.random() < CROWDED else None for _ in range(BATCH)]
+        scenes = [random_scene(rng, width, height, count, run.world) for count in counts]
+        wordings = [describe(scene, rng, run.world) for scene in scenes]
+        prompts = [wording.text for wording in wordings]
+        guidance = values(rng)
+        sigmas = SCHEDULE.sigmas(steps, width * height // 256)
+        x = torch.randn(BATCH, width * height // 256, 64, generator=generator)
+        way = []
+        for sigma, after in pairwise(sigmas):
+            way.append(x)
+            predicted = flow.velocity(run, painter, x, torch.full((BATCH,), sigma), prompts, guidance, *canvas)
+            x = x + (after - sigma) * predicted.cpu()
+        right = mended(run, vae, scenes, [wording.mentions_background for wording in wordings], x, *canvas)
+        targets = flow.encoded(run, vae, right, *canvas).cpu()
+        noisy, levels = torch.cat(way), torch.tensor(sigmas[:-1]).repeat_interleave(BATCH)
+        wanted = (noisy - targets.repeat(steps, 1, 1)) / levels[:, None, None]
+        for chosen in torch.randperm(len(noisy), generator=generator).split(BATCH):
+            who = (chosen % BATCH).tolist()
+            found.append(
+                Lesson(canvas, noisy[chosen], levels[chosen], [prompts[i] for i in who], guidance[who], wanted[chosen])
+            )
+    rng.shuffle(found)
+    return found
+
+
+def values(rng: random.Random) -> torch.Tensor:
+    """Guidance values for a batch of practice."""
+    return torch.tensor([flow.GUIDANCE if rng.random() < 0.5 else rng.uniform(*GUIDANCE) for _ in range(BATCH)])
+
+
+def usual(run: Run, pools: flow.Pools, step: int) -> Lesson:
+    """A batch as in the stages before; half of it at guidance 1."""
+    rng = random.Random(f"{run.seed} practice words {step}")
+    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + 20_000_000 + step)
+    canvas, latents, scenes = pools(step // 2)
+    noisy, sigma, wanted = flow.noised(latents, generator)
+    guidance = values(rng)
+    guidance[::2] = 1.0
+    return Lesson(canvas, noisy, sigma, flow.worded(scenes, sigma, rng, run.world), guidance, wanted)
+
+
+def train(
+    run: Run,
+    painter: flow.Painter,
+    vae: AutoencoderKL,
+    scale: float = 1.0,
+    compiled: bool = True,
+    look: flow.Look = lambda painter, step: None,
+) -> flow.Painter:
+    """Goes on from the last checkpoint; returns the averaged weights.
+
+    A run that was cut off practises with other drawings than one that was not: they depend on the weights.
+
+    Args:
+        scale: share of the recipe's steps; less than 1 is for trying things out.
+        look: called every LOOK_EVERY steps and at the end with the averaged weights so far.
+    """
+    torch.manual_seed(run.seed)
+    steps = max(2, round(STEPS * scale))
+    painter = copy.deepcopy(painter).train().to(run.device)
+    for encoder in (painter.text_encoder, painter.text_encoder_2):
+        encoder.requires_grad_(False)
+    vae = vae.eval().requires_grad_(False).to(run.device, memory_format=torch.channels_last)
+    average = AveragedModel(painter, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    averaged = cast(flow.Painter, average.module).eval()
+    if compiled:
+        flow.compile_blocks(painter)
+        flow.compile_blocks(averaged)
+    optimiser = flow.Optimisers(painter, RATE)
+    start = run.resume("practice", painter, optimiser, average=average)
+    rate = run.one_cycle(steps, warm_up=100)
+    pools = flow.Pools(run, vae, CANVASES, BATCH, steps, 20_000_000)
+    waiting: list[Lesson] = []
+    turn = start // (2 * sum(DRAWN_IN))
+    with run.progress("practice", steps, start) as progress:
+        for step in range(start, steps):
+            if step % 2 == 0:
+                if not waiting:
+                    waiting = lessons(run, averaged, vae, turn)
+                    turn += 1
+                lesson = waiting.pop()
+            else:
+                lesson = usual(run, pools, step)
+            predicted = flow.velocity(
+                run, painter, lesson.noisy, lesson.sigma, lesson.prompts, lesson.guidance, *lesson.canvas
+            )
+            loss = flow.weighted(predicted - lesson.wanted.to(run.device), lesson.sigma)
+            run.step(optimiser, loss, painter, rate(step))
+            average.update_parameters(painter)
+            progress(step + 1, **{"own" if step % 2 == 0 else "others": loss.item()})
+            run.checkpoint("practice", step + 1, steps, painter, optimiser, average=average)
+            if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
+                look(averaged, step + 1)
+    return averaged
