@@ -177,7 +177,7 @@ def run_download(options: argparse.Namespace) -> int:
 
     from flux_local import download
 
-    folder = Path(options.to or Path("weights") / options.repository.rpartition("/")[2])
+    folder = Path(options.to or Path("weights") / options.repository.rpartition("/")[2]).expanduser()
     only = TOKENIZERS if options.only == "tokenizers" else ()
     token = None
     try:

@@ -1,7 +1,8 @@
 """`flux-local download`: a gated model from the hub → a folder that serves, whole, checked, resumed where it stopped.
 
-Transport, tokens and resuming are `huggingface_hub`'s; what is wanted, whether it fits, whether it arrived as the hub
-says, and what to do when it did not, is decided here. Knows nothing of how a model is loaded.
+What the hub has, and who may have it, `huggingface_hub` finds out. The files themselves are fetched here, into parts
+that outlive the process: the library throws away what it has of a file when it is interrupted, and a shard has 10 GB.
+Knows nothing of how a model is loaded.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import errno
 import hashlib
 import os
 import shutil
-import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from urllib.parse import quote
+
+import httpx
 
 from flux_local import weights
 from flux_local.errors import WeightsError
@@ -25,6 +28,11 @@ SPARE = 1 << 30
 """Bytes to leave free on the disk."""
 TRIES = 2
 """Of a file that arrived with other bytes than the hub says."""
+RETRIES = 5
+"""Of a connection that brings nothing, with pauses of 1, 2, 4, 8 and 16 seconds."""
+TIMEOUT = httpx.Timeout(30.0, connect=15.0)
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Statuses that go away."""
 
 Report = Callable[[str, int], None]
 """Told of a file's name and of so many bytes more of it; fewer, where they have to come again."""
@@ -39,6 +47,8 @@ class Plan:
     files: dict[str, weights.Recorded]
     page: str
     """Where a person accepts the model's licence."""
+    url: str
+    """That the files' names are under."""
     whole: bool = True
     """Whether the files make up a model."""
 
@@ -86,7 +96,8 @@ def plan(repository: str, revision: str | None, token: str | None, only: tuple[s
         raise WeightsError(f"{repository} holds no diffusers model: it has no model_index.json. Ask for another one.")
     if only:
         files = {name: file for name, file in files.items() if name.partition("/")[0] in only}
-    return Plan(repository, found.sha or "main", files, f"{api.endpoint}/{repository}", whole=not only)
+    page, revision = f"{api.endpoint}/{repository}", found.sha or "main"
+    return Plan(repository, revision, files, page, f"{page}/resolve/{revision}/", whole=not only)
 
 
 def default_token() -> str | None:
@@ -105,12 +116,22 @@ def has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
+def part_of(path: Path, recorded: weights.Recorded) -> Path:
+    """Where a file's bytes are until it is whole: another place for other bytes."""
+    return path.with_name(f"{path.name}.{(recorded.sha256 or 'small')[:12]}.part")
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
 def check_room(plan: Plan, folder: Path) -> None:
     """Raises `WeightsError` unless what is missing fits on the folder's disk."""
     there = folder
     while not there.exists():
         there = there.parent
-    needed = sum(plan.files[name].size for name in missing(plan, folder)) + SPARE
+    absent = {name: plan.files[name] for name in missing(plan, folder)}
+    needed = sum(file.size - size_of(part_of(folder / name, file)) for name, file in absent.items()) + SPARE
     free = shutil.disk_usage(there).free
     if needed > free:
         raise WeightsError(
@@ -122,41 +143,107 @@ def check_room(plan: Plan, folder: Path) -> None:
 def fetch(plan: Plan, folder: Path, token: str | None, report: Report = lambda name, count: None) -> None:
     """Fetches what is missing, checks every byte against the hub's figures, and writes a model's manifest.
 
-    A second call goes on where the first one stopped.
+    A second call goes on where the first one stopped, however that ended.
 
     Raises:
         As `plan`; WeightsError, also where a file is not what the hub says, twice.
     """
-    check_room(plan, folder)
-    for name, file in plan.files.items():
-        for attempt in range(TRIES):
-            if not has_size(folder / name, file.size):
-                fetch_file(plan, name, folder, token, report)
-            else:
-                report(name, file.size)
-            if matches(folder / name, file):
-                break
-            report(name, -file.size)
-            (folder / name).unlink(missing_ok=True)
-            if attempt == TRIES - 1:
-                raise WeightsError(
-                    f"{name} arrived {TRIES} times with other bytes than {plan.repository} says it has, and was "
-                    "deleted. A proxy on the way may change files; try another network."
-                )
-    if plan.whole:
-        weights.write_manifest(folder, plan.repository, plan.revision, plan.files)
-        weights.write_info(folder)
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-
-
-def fetch_file(plan: Plan, name: str, folder: Path, token: str | None, report: Report) -> None:
-    from huggingface_hub import hf_hub_download
-
     with Translated(plan.repository, plan.page, has_token=bool(token or default_token()), folder=folder):
-        hf_hub_download(
-            plan.repository, name, revision=plan.revision, local_dir=folder, token=token, library_name="flux-local",
-            tqdm_class=meter(name, report), force_download=not (folder / name).exists(),
-        )  # fmt: skip
+        check_room(plan, folder)
+        with client(plan, token) as hub:
+            for name in plan.files:
+                bring(plan, name, folder, hub, report)
+        if plan.whole:
+            weights.write_manifest(folder, plan.repository, plan.revision, plan.files)
+            weights.write_info(folder)
+
+
+def client(plan: Plan, token: str | None) -> httpx.Client:
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers(token=token, library_name="flux-local")
+    return httpx.Client(base_url=plan.url, headers=headers, timeout=TIMEOUT, follow_redirects=True)
+
+
+def bring(plan: Plan, name: str, folder: Path, hub: httpx.Client, report: Report) -> None:
+    """One file, checked; fetched once more if its bytes are wrong."""
+    path, file = folder / name, plan.files[name]
+    for _ in range(TRIES):
+        if has_size(path, file.size):
+            report(name, file.size)
+        else:
+            fetch_file(plan, name, path, hub, report)
+        if matches(path, file):
+            return
+        report(name, -file.size)
+        path.unlink(missing_ok=True)
+    raise WeightsError(
+        f"{name} arrived {TRIES} times with other bytes than {plan.repository} says it has, and was deleted. "
+        "A proxy on the way may change files; try another network."
+    )
+
+
+def fetch_file(plan: Plan, name: str, path: Path, hub: httpx.Client, report: Report) -> None:
+    """Brings a file from the hub's cache on this machine, or over the network from where its part ends."""
+    file = plan.files[name]
+    part = part_of(path, file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for other in path.parent.glob(f"{path.name}.*.part"):
+        if other != part:
+            other.unlink()
+    if (cached := in_cache(plan, name)) is not None and has_size(cached, file.size):
+        part.unlink(missing_ok=True)
+        shutil.copyfile(cached, part)
+        report(name, file.size)
+    else:
+        if file.sha256 is None or size_of(part) > file.size:  # small enough to begin anew, or nobody knows what it is
+            part.unlink(missing_ok=True)
+        report(name, size_of(part))
+        failures = 0
+        while size_of(part) < file.size:
+            before = size_of(part)
+            try:
+                transfer(hub, name, part, file, report)
+            except (httpx.TransportError, httpx.HTTPStatusError) as error:
+                if isinstance(error, httpx.HTTPStatusError) and error.response.status_code not in TRANSIENT:
+                    raise
+                failures = 1 if size_of(part) > before else failures + 1
+                if failures > RETRIES:
+                    raise
+                time.sleep(2.0 ** (failures - 1))
+    os.replace(part, path)
+
+
+def transfer(hub: httpx.Client, name: str, part: Path, file: weights.Recorded, report: Report) -> None:
+    """Adds to a part what comes over one connection.
+
+    Raises:
+        httpx.TransportError: it broke. httpx.HTTPStatusError: the hub refused.
+    """
+    start = size_of(part)
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with hub.stream("GET", quote(name), headers=headers) as response:
+        response.raise_for_status()
+        if start and response.status_code != 206:  # a server that knows no ranges sends all of it
+            report(name, -start)
+            start = 0
+        with part.open("r+b" if start else "wb") as out:
+            out.seek(start)
+            for chunk in response.iter_bytes():
+                out.write(chunk)
+                report(name, len(chunk))
+                if out.tell() > file.size:
+                    return  # not what was promised, as its hash will tell
+    if size_of(part) < file.size:
+        raise httpx.RemoteProtocolError("the connection ended early")
+
+
+def in_cache(plan: Plan, name: str) -> Path | None:
+    """The file in the hub library's own cache, from an earlier `hf download`."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(plan.repository, name, revision=plan.revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def matches(path: Path, recorded: weights.Recorded) -> bool:
@@ -167,45 +254,6 @@ def matches(path: Path, recorded: weights.Recorded) -> bool:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def meter(name: str, report: Report) -> Any:
-    """A class with as much of tqdm's interface as the hub's library uses, that reports to `report`."""
-
-    class Meter:
-        _lock = threading.RLock()
-
-        def __init__(self, *_: object, total: int | None = None, initial: int = 0, **__: object) -> None:
-            self.total, self.n = total, initial
-            report(name, initial)
-
-        def update(self, count: float | None = 1) -> None:
-            self.n += int(count or 0)
-            report(name, int(count or 0))
-
-        def __enter__(self) -> Meter:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.close()
-
-        def close(self) -> None:
-            pass
-
-        def refresh(self, *_: object, **__: object) -> None:
-            pass
-
-        set_description = set_postfix_str = refresh
-
-        @classmethod
-        def get_lock(cls) -> threading.RLock:
-            return cls._lock
-
-        @classmethod
-        def set_lock(cls, lock: Any) -> None:
-            cls._lock = lock
-
-    return Meter
 
 
 class Translated:
@@ -223,38 +271,53 @@ class Translated:
         raise self.translation(error) from error
 
     def translation(self, error: Exception) -> WeightsError:
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
 
         response = getattr(error, "response", None)
         status = response.status_code if response is not None else 0
-        if status == 401 and self.has_token:
-            return Denied("The hub does not know this token. Make a new one with read access, and set HF_TOKEN to it.")
-        if isinstance(error, GatedRepoError) or status in (401, 403):
-            accept = f"Open {self.page} with a browser, sign in and accept the licence"
-            if self.has_token:
-                return Denied(
-                    f"The account of this token may not have {self.repository} yet. {accept}; then run this again."
-                )
-            return Denied(
-                f"{self.repository} is only given to accounts that accepted its licence. {accept}; make a token with "
-                "read access there, set HF_TOKEN to it, and run this again."
-            )
+        if isinstance(error, GatedRepoError):
+            return self.denied()
         if isinstance(error, RepositoryNotFoundError):
-            return WeightsError(f"The hub has no {self.repository}. Check the name.")
+            return WeightsError(f"The hub has no {self.repository}, or it is private. Check the name.")
+        if isinstance(error, RevisionNotFoundError):
+            return WeightsError(f"{self.repository} has no such revision. Check --revision, or leave it out.")
+        if status == 403 or (status == 401 and not self.has_token):
+            return self.denied()
+        if status == 401:
+            return Denied("The hub does not know this token. Make a new one with read access, and set HF_TOKEN to it.")
+        if isinstance(error, OfflineModeIsEnabled):
+            return WeightsError("HF_HUB_OFFLINE is set, so that nothing can be downloaded. Unset it for this command.")
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return WeightsError(
                 f"The disk of {self.folder} is full. Free some, and run this again: it goes on where it stopped."
             )
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        if isinstance(error, OSError) and error.errno is not None and self.folder is not None:
             return WeightsError(
                 f"Cannot write to {self.folder}: {os.strerror(error.errno)}. Give another place with --to."
             )
-        if isinstance(error, HfHubHTTPError) and status:
+        if status:
             return WeightsError(
                 f"The hub answered {status} for {self.repository}. Run this again later: it goes on where it stopped."
             )
         return WeightsError(
             f"The connection to the hub failed ({type(error).__name__}). Run this again: it goes on where it stopped."
+        )
+
+    def denied(self) -> Denied:
+        accept = f"Open {self.page} with a browser, sign in and accept the licence"
+        if self.has_token:
+            return Denied(
+                f"This token may not read {self.repository}. {accept}, and give a fine-grained token leave to read "
+                "public gated repositories; then run this again."
+            )
+        return Denied(
+            f"{self.repository} is only given to accounts that accepted its licence. {accept}; make a token with "
+            "read access there, set HF_TOKEN to it, and run this again."
         )
 
 

@@ -16,7 +16,7 @@ GRID = 16
 """Pixels that one token covers along a side: the autoencoder's 8, times packing's 2."""
 
 MAX_SIDE = 14142
-CANVAS_RATIO = 4.0
+CANVAS_RATIO = 4
 """Width to height, or height to width, that a canvas may have at most."""
 
 
@@ -64,10 +64,28 @@ RESOLUTION_FORM = rf"{NUMBER}[kK]?"
 
 @dataclass(frozen=True)
 class CanvasRange:
-    """The areas, in pixels, that a model was trained to compose."""
+    """The areas, in pixels, that a model was trained to compose.
+
+    Raises:
+        ValueError: no canvas has such an area.
+    """
 
     min_area: int
     max_area: int
+
+    def __post_init__(self) -> None:
+        if not any(self.columns(rows) for rows in self.rows()):
+            raise ValueError(f"no canvas has between {self.min_area} and {self.max_area} pixels")
+
+    def rows(self) -> range:
+        """Heights, in units of GRID, that a canvas may have."""
+        return range(1, math.isqrt(CANVAS_RATIO * self.max_area // GRID**2) + 1)
+
+    def columns(self, rows: int) -> range:
+        """Widths, in units of GRID, that a canvas of such a height may have."""
+        least = max(-(-self.min_area // (GRID**2 * rows)), -(-rows // CANVAS_RATIO))
+        most = min(self.max_area // (GRID**2 * rows), CANVAS_RATIO * rows)
+        return range(least, most + 1)
 
 
 def parse_size(text: str) -> Size | str | None:
@@ -190,15 +208,12 @@ def canvas_for(delivered: Size, model: CanvasRange) -> Size:
 
 def nearest_canvas(ratio: float, area: float, model: CanvasRange) -> Size:
     """The canvas inside the model's range nearest to a ratio and an area, ratio first."""
-    height = math.sqrt(area / ratio)
     candidates = []
-    for rows in range(max(1, int(height / GRID) - 2), int(height / GRID) + 4):
-        for columns in {max(1, round(rows * ratio) + d) for d in (-1, 0, 1)}:
-            size = Size(columns * GRID, rows * GRID)
-            if model.min_area <= size.area <= model.max_area and max(size) <= CANVAS_RATIO * min(size):
-                off_ratio = abs(math.log(size.width / size.height / ratio))
-                off_area = abs(math.log(size.area / area))
-                candidates.append((off_ratio + 0.5 * off_area, size))
-    if not candidates:
-        raise ValueError(f"no canvas of ratio {ratio:.2f} within {model}")
+    for rows in model.rows():
+        columns = model.columns(rows)
+        for wanted in (math.floor(rows * ratio), math.ceil(rows * ratio)) if columns else ():
+            size = Size(min(max(wanted, columns[0]), columns[-1]) * GRID, rows * GRID)
+            off_ratio = abs(math.log(size.width / size.height / ratio))
+            off_area = abs(math.log(size.area / area))
+            candidates.append((off_ratio + 0.5 * off_area, size))
     return min(candidates)[1]

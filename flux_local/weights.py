@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def find(model: str) -> Path:
     """
     for place in (Path(model).expanduser(), *places(model)):
         if is_model(place):
-            return place.resolve()
+            return Path(os.path.abspath(place))  # links stay: what stands beside a file, and its suffix, count
     raise WeightsError(
         f"No model at '{model}'. Give the path of a diffusers folder (one with a model_index.json), of a .safetensors "
         "or .gguf file or a folder of such, or 'flux-krea-mini' for the embedded model."

@@ -28,6 +28,12 @@ class Hub:
     gated: bool = False
     cut: dict[str, int] = field(default_factory=dict)
     """A file and how many more times its transfer is cut off half-way."""
+    halting: set[str] = field(default_factory=set)
+    """Files whose transfer stands still half-way, which sets `halted`, until `going_on` is set."""
+    halted: threading.Event = field(default_factory=threading.Event)
+    going_on: threading.Event = field(default_factory=threading.Event)
+    busy: int = 0
+    """How many more times a file is answered by 503."""
     lies: set[str] = field(default_factory=set)
     """Files whose hash is said to be another."""
     swollen: dict[str, int] = field(default_factory=dict)
@@ -74,7 +80,8 @@ def running(hub: Hub) -> Iterator[Hub]:
         def denied(self) -> bool:
             token = (self.headers.get("authorization") or "").removeprefix("Bearer ")
             if token and token not in (TOKEN, STRANGER):
-                self.answer(401, b'{"error": "Invalid credentials"}', X_Error_Message="Invalid credentials")
+                wrong = "Invalid credentials in Authorization header"
+                self.answer(401, json.dumps({"error": wrong}).encode(), X_Error_Message=wrong)
                 return True
             if hub.gated and token != TOKEN:
                 status = 403 if token else 401
@@ -91,6 +98,9 @@ def running(hub: Hub) -> Iterator[Hub]:
                 rest = path.removeprefix(f"/api/models/{REPOSITORY}")
                 if rest == "/auth-check":
                     self.denied() or self.answer(200)
+                    return
+                if rest.startswith("/revision/") and rest.removeprefix("/revision/") not in ("main", COMMIT):
+                    self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
                     return
                 info = {
                     "id": REPOSITORY,
@@ -127,6 +137,18 @@ def running(hub: Hub) -> Iterator[Hub]:
                 start, status = int(asked.removeprefix("bytes=").partition("-")[0]), 206
                 headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             rest = data[start:]
+            if hub.busy > 0:
+                hub.busy -= 1
+                self.answer(503)
+                return
+            if name in hub.halting:
+                hub.halting.remove(name)
+                self.answer(status, rest[: len(rest) // 2], **headers, Content_Length=str(len(rest)))
+                self.wfile.flush()
+                hub.halted.set()
+                hub.going_on.wait(60)
+                self.close_connection = True
+                return
             if hub.cut.get(name, 0) > 0:
                 hub.cut[name] -= 1
                 self.answer(status, rest[: len(rest) // 2], **headers, Content_Length=str(len(rest)))

@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,15 +28,34 @@ def embedded() -> Hub:
     return Hub(files | extra)
 
 
-def command(hub_url: str, home: Path, *arguments: str | Path, token: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {n: v for n, v in os.environ.items() if not n.startswith(("FLUX_LOCAL_", "HF_"))}
-    environment |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home / "hub-home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+def environment(hub_url: str, home: Path, token: str) -> dict[str, str]:
+    found = {n: v for n, v in os.environ.items() if not n.startswith(("FLUX_LOCAL_", "HF_"))}
+    found |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home / "hub-home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     if token:
-        environment["HF_TOKEN"] = token
-    return subprocess.run(
-        [sys.executable, "-m", "flux_local", *arguments],
-        capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+        found["HF_TOKEN"] = token
+    return found
+
+
+def command(hub_url: str, home: Path, *arguments: str | Path, token: str = "") -> subprocess.CompletedProcess[str]:
+    process = started(hub_url, home, *arguments, token=token)
+    out, errors = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+def started(hub_url: str, home: Path, *arguments: str | Path, token: str = "") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flux_local", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=environment(hub_url, home, token), stdin=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def poll(look: Callable[[], list[Path]]) -> Iterator[Path]:
+    """What there is as soon as there is any."""
+    until = time.monotonic() + 60
+    while not (found := look()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    yield from found
 
 
 def download(hub: Hub, folder: Path, *flags: str, token: str = "") -> subprocess.CompletedProcess[str]:
@@ -89,14 +110,57 @@ def test_the_tokenizers_alone(tmp_path: Path) -> None:
     assert "serve" not in done.stdout
 
 
+LARGE = "transformer/large.safetensors"
+
+
+def one_large_file(**faults: object) -> Hub:
+    return Hub({"model_index.json": b"{}", LARGE: random.Random(0).randbytes(3_000_000)}, **faults)
+
+
 def test_a_cut_connection_is_taken_up_where_it_broke(tmp_path: Path) -> None:
-    name, chunk = "transformer/large.safetensors", 10 << 20
-    files = {"model_index.json": b"{}", name: random.Random(0).randbytes(5 * chunk // 2)}
-    with running(Hub(files, cut={name: 1})) as hub:
+    with running(one_large_file(cut={LARGE: 2}, busy=1)) as hub:
         done = download(hub, tmp_path / "model")
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / "model" / name).read_bytes() == hub.files[name]
-        assert hub.ranges == [(name, f"bytes={chunk}-")], "only whole chunks of the library's are kept"
+        assert (tmp_path / "model" / LARGE).read_bytes() == hub.files[LARGE]
+        assert hub.ranges == [(LARGE, "bytes=1500000-"), (LARGE, "bytes=2250000-")]
+
+
+def test_what_a_killed_download_has_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with running(one_large_file(halting={LARGE})) as hub:
+        killed = started(hub.url, tmp_path, "download", REPOSITORY, "--to", folder)
+        assert hub.halted.wait(60)
+        part = next(poll(lambda: [p for p in folder.glob("*/*.part") if p.stat().st_size >= 1_000_000]))
+        killed.kill()
+        killed.communicate()
+        hub.going_on.set()
+        kept = part.stat().st_size
+        done = download(hub, folder)
+        assert done.returncode == 0, done.stderr
+        assert hub.ranges == [(LARGE, f"bytes={kept}-")]
+        assert (folder / LARGE).read_bytes() == hub.files[LARGE]
+    assert not list(folder.glob("*/*.part"))
+
+
+def test_a_copy_in_the_hub_librarys_cache_is_used(tmp_path: Path) -> None:
+    with running(one_large_file()) as hub:
+        cache = tmp_path / "hub-home" / "hub" / f"models--{REPOSITORY.replace('/', '--')}"
+        cached = cache / "snapshots" / COMMIT / LARGE
+        cached.parent.mkdir(parents=True)
+        cached.write_bytes(hub.files[LARGE])
+        done = download(hub, tmp_path / "model")
+        assert done.returncode == 0, done.stderr
+        assert LARGE not in hub.fetched
+        assert (tmp_path / "model" / LARGE).read_bytes() == hub.files[LARGE]
+
+
+def test_what_else_is_in_the_folder_stays(tmp_path: Path) -> None:
+    """A checkpoint's home is where the tokenizers go, and may be a person's own."""
+    (tmp_path / "home" / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / "home" / ".cache" / "huggingface" / "token").write_text("hf_mine")
+    with running(embedded()) as hub:
+        assert download(hub, tmp_path / "home", "--only", "tokenizers").returncode == 0
+    assert (tmp_path / "home" / ".cache" / "huggingface" / "token").read_text() == "hf_mine"
 
 
 def test_a_wrong_hash_is_not_kept(tmp_path: Path) -> None:
@@ -135,6 +199,23 @@ def test_what_cannot_be_is_told_before_anything_is_fetched(hub: Hub, said: str, 
     assert done.returncode == 4
     assert said in done.stderr
     assert not hub.fetched
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nobody/Nothing"], "has no nobody/Nothing"),
+        ([REPOSITORY, "--revision", "mistyped"], "no such revision"),
+        ([REPOSITORY, "--to", "{file}/below"], "Not a directory"),
+    ],
+)
+def test_what_was_mistyped_is_named(arguments: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with running(embedded()) as hub:
+        given = [argument.format(file=tmp_path / "file") for argument in arguments]
+        done = command(hub.url, tmp_path, "download", "--to", tmp_path / "to", *given)
+    assert done.returncode == 4
+    assert said in done.stderr, done.stderr
 
 
 def test_a_hub_that_is_not_there(tmp_path: Path) -> None:

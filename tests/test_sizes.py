@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from flux_local import weights
 from flux_local.errors import InvalidValue
-from flux_local.sizes import MAX_SIDE, RATIOS, CanvasRange, Size, canvas_for, clamp, delivered_size
+from flux_local.sizes import MAX_SIDE, RATIOS, CanvasRange, Size, canvas_for, clamp, delivered_size, nearest_canvas
+from tests.servers import MODEL
 
 KREA = CanvasRange(100_000, 4_200_000)
 MINI = CanvasRange(128 * 128, 192 * 192)
+EMBEDDED = weights.info(MODEL).canvas
 MAX = 2048 * 2048
 
 TABLE = """1:1 1024×1024 · 4:3 1183×887 · 3:4 887×1182 · 5:4 1145×916 · 4:5 916×1145 · 3:2 1254×836 · 2:3 836×1254 ·
@@ -99,13 +102,21 @@ def test_no_side_of_a_picture_is_too_long_for_its_file(width: int, height: int) 
     assert got.area <= MAX
 
 
-@given(side, side, st.sampled_from([KREA, MINI]))
+areas = st.integers(16 * 16, 4_200_000)
+ranges = st.tuples(areas, st.floats(1.1, 100.0)).map(lambda t: CanvasRange(t[0], 512 + int(t[0] * t[1])))
+
+
+@example(2100, 1000, EMBEDDED)
+@example(1600, 500, EMBEDDED)
+@given(side, side, st.sampled_from([KREA, EMBEDDED]) | ranges)
 def test_a_canvas_can_always_be_denoised(width: int, height: int, model: CanvasRange) -> None:
     delivered = delivered_size(size=f"{width}x{height}", max_pixels=MAX)
     canvas = canvas_for(delivered, model)
     assert canvas.width % 16 == 0
     assert canvas.height % 16 == 0
     assert model.min_area <= canvas.area <= model.max_area * 1.05
+    if canvas.area > model.max_area:
+        assert all(0 <= a - b < 16 for a, b in zip(canvas, delivered, strict=True))
     assert max(canvas) <= 4 * min(canvas)
 
 
@@ -116,12 +127,33 @@ def test_a_size_inside_the_range_is_rounded_up_and_no_more(width: int, height: i
     assert 0 <= canvas.height - height < 16
 
 
+@given(side, side, st.sampled_from([KREA, MINI, EMBEDDED]))
+def test_no_canvas_of_the_range_is_nearer_in_ratio_and_area(width: int, height: int, model: CanvasRange) -> None:
+    ratio = min(max(width / height, 0.25), 4.0)
+    area = min(max(width * height, model.min_area), model.max_area)
+
+    def off(size: Size) -> float:
+        return abs(math.log(size.width / size.height / ratio)) + 0.5 * abs(math.log(size.area / area))
+
+    possible = [Size(16 * w, 16 * h) for h in range(1, 64) for w in range(1, 64)]
+    possible = [s for s in possible if model.min_area <= s.area <= model.max_area and max(s) <= 4 * min(s)]
+    found = nearest_canvas(ratio, area, model)
+    assert max(found) > 1008 or off(found) <= min(map(off, possible)) + 1e-9
+
+
+@pytest.mark.parametrize("bounds", [(100, 200), (67 * 256, 67 * 256 + 1), (2000, 1000)])
+def test_a_range_without_a_canvas_is_none(bounds: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="no canvas"):
+        CanvasRange(*bounds)
+
+
 @pytest.mark.parametrize("ratio", list(RATIOS))
 def test_the_embedded_models_canvas_keeps_the_ratio(ratio: str) -> None:
     size = RATIOS[ratio]
-    canvas = canvas_for(size, MINI)
-    assert abs(math.log(canvas.width / canvas.height * size.height / size.width)) < 0.12
-    assert canvas.area > 0.7 * MINI.max_area
+    for model, off in ((MINI, 0.12), (EMBEDDED, 0.2)):
+        canvas = canvas_for(size, model)
+        assert abs(math.log(canvas.width / canvas.height * size.height / size.width)) < off
+        assert canvas.area > 0.7 * model.max_area
 
 
 def test_five_percent_over_the_range_is_still_denoised_as_asked() -> None:
