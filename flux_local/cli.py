@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import flux_local
 from flux_local import config, params
 from flux_local.download import REPOSITORY
-from flux_local.errors import FluxError, InvalidImage, MissingParameter, StartError
+from flux_local.errors import FluxError, InvalidImage, MissingParameter, SettingsError, StartError
 from flux_local.model.checkpoint import TOKENIZERS
 from flux_local.parameters import PARAMETERS, Parameter
 
@@ -40,11 +40,18 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+class Command(argparse.ArgumentParser):
+    """Takes flags in full only: a shortened one may mean another, and print a secret as a file's name."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="flux-local", description="A local inference server for FLUX.1 Krea [dev], with the OpenAI Images API."
     )
-    commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Command)
 
     serve = commands.add_parser("serve", help="start the server")
     serve.set_defaults(run=run_serve)
@@ -304,6 +311,8 @@ def run_generate(options: argparse.Namespace) -> int:
     weights.verify(folder)
     model = weights.info(folder)
     output = Path(options.output)
+    if not output.parent.is_dir():
+        raise SettingsError(f"There is no folder {output.parent}. Make it, or give another place with --output.")
     plan = plan_of(options, output, model, settings)
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -334,7 +343,12 @@ def run_generate(options: argparse.Namespace) -> int:
                     denoiser.advance([picture])
                 pixels = pipeline.vae.decode(picture.latents, picture.width, picture.height)
             file = output if index == 0 else output.with_stem(f"{output.stem}-{index}")
-            file.write_bytes(plan.file(index, pixels))
+            try:
+                file.write_bytes(plan.file(index, pixels))
+            except OSError as error:
+                raise SettingsError(
+                    f"Cannot write {file}: {error.strerror}. Give another place with --output."
+                ) from error
             bar.console.print(
                 f"{file}  {plan.params.delivered}  seed {seed}  {time.monotonic() - began:.2f} s", highlight=False
             )

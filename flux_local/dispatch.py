@@ -6,7 +6,6 @@ A picture ends with its pixels, with an error, or cancelled. Knows neither HTTP 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import itertools
 import logging
@@ -298,7 +297,7 @@ class Dispatcher:
         if not all(t.done() for t in self._running):
             log.error("%s", error.message)
             engine = self.engines[self._running.index(task)]
-            self._on_fall(engine, Fall((), False, "was given up"))
+            self._on_fall(engine, Fall((), False))
             return
         for pending in list(self.pending.values()):
             self._settle(pending, InternalError("The engine cannot be started. Ask the server's operator."))
@@ -326,9 +325,10 @@ class Dispatcher:
                     pending.steps_left = message.steps - message.step
                     self.token_seconds += 0.05 * (message.seconds / pending.job.tokens - self.token_seconds)
                 if pending.on_event is not None:
-                    # What a client's side makes of it must not end the reading of the pipe.
-                    with contextlib.suppress(asyncio.InvalidStateError):
+                    try:
                         pending.on_event(message)
+                    except Exception:  # what a client's side makes of it must not end the reading of the pipe
+                        log.exception("an event of %s could not be told", message.id)
             case Done():
                 self._settle(pending, message)
             case Failed():

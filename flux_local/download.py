@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import httpx
 
+import flux_local
 from flux_local import weights
 from flux_local.errors import WeightsError
 
@@ -159,9 +160,9 @@ def fetch(plan: Plan, folder: Path, token: str | None, report: Report = lambda n
 
 
 def client(plan: Plan, token: str | None) -> httpx.Client:
-    from huggingface_hub.utils import build_hf_headers
-
-    headers = build_hf_headers(token=token, library_name="flux-local")
+    headers = {"user-agent": f"flux-local/{flux_local.__version__}"}
+    if token := token or default_token():
+        headers["authorization"] = f"Bearer {token}"  # httpx leaves it out where a redirect leads to another host
     return httpx.Client(base_url=plan.url, headers=headers, timeout=TIMEOUT, follow_redirects=True)
 
 

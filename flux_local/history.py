@@ -26,7 +26,9 @@ FINAL: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
 T = TypeVar("T")
 
 REPLY_LIFETIME = 86_400
-"""Seconds for which an `Idempotency-Key` is remembered."""
+"""Seconds for which an `Idempotency-Key` is remembered, unless what was answered goes before that."""
+VERSION = 1
+"""Of the tables; kept in the database as `user_version`."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
@@ -51,6 +53,7 @@ CREATE TABLE IF NOT EXISTS replies (
     headers     TEXT NOT NULL,
     body        BLOB NOT NULL,
     created     REAL NOT NULL,
+    request     TEXT NOT NULL,
     PRIMARY KEY (owner, route, key)
 );
 CREATE INDEX IF NOT EXISTS by_owner ON requests (owner, created DESC);
@@ -76,8 +79,9 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """An answer that is given again to a repeated request. `fingerprint`: of the request."""
+    """An answer that is given again to a repeated request. `fingerprint`: of what was asked. `request`: the id."""
 
+    request: str
     fingerprint: str
     status: int
     headers: dict[str, str]
@@ -93,6 +97,7 @@ class History:
 
     def __init__(self, folder: Path, lifetime: int) -> None:
         self.lifetime = lifetime
+        self.reply_lifetime = min(lifetime, REPLY_LIFETIME)
         self._thread = ThreadPoolExecutor(1, "history")
         self._connection = self._thread.submit(self._open, folder / "history.sqlite3").result()
 
@@ -120,7 +125,12 @@ class History:
             connection.execute("PRAGMA synchronous = NORMAL")
             if connection.execute("PRAGMA quick_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("quick_check failed")
-            connection.executescript(SCHEMA)
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version > VERSION:
+                raise sqlite3.DatabaseError(f"version {version} is of a later flux-local")
+            if version < 1:
+                connection.execute("DROP TABLE IF EXISTS replies")  # did not say whose they were
+            connection.executescript(f"{SCHEMA} PRAGMA user_version = {VERSION};")
         except sqlite3.DatabaseError:
             connection.close()
             raise
@@ -221,30 +231,33 @@ class History:
         return [entry(r) for r in rows]
 
     async def remove(self, id: str) -> None:
+        """Forgets a request and what a repeat of it would be answered."""
+        await self._run(lambda c: c.execute("DELETE FROM replies WHERE request = ?", (id,)))
         await self._run(lambda c: c.execute("DELETE FROM requests WHERE id = ?", (id,)))
 
     async def reply(self, owner: str, route: str, key: str) -> Reply | None:
         """What was answered under the key, unless that has expired."""
-        row = (owner, route, key, time.time() - REPLY_LIFETIME)
+        row = (owner, route, key, time.time() - self.reply_lifetime)
         found = await self._run(
             lambda c: c.execute(
-                "SELECT fingerprint, status, headers, body FROM replies"
+                "SELECT request, fingerprint, status, headers, body FROM replies"
                 " WHERE owner = ? AND route = ? AND key = ? AND created > ?",
                 row,
             ).fetchone()
         )
-        return found and Reply(found[0], found[1], json.loads(found[2]), found[3])
+        return found and Reply(found[0], found[1], found[2], json.loads(found[3]), found[4])
 
     async def keep_reply(self, owner: str, route: str, key: str, reply: Reply) -> None:
-        row = (owner, route, key, reply.fingerprint, reply.status, json.dumps(reply.headers), reply.body, time.time())
+        row = (owner, route, key, reply.fingerprint, reply.status, json.dumps(reply.headers), reply.body, time.time(),
+               reply.request)  # fmt: skip
         await self._run(
-            lambda c: c.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row), flushed=True
+            lambda c: c.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row), flushed=True
         )
 
     async def sweep(self) -> None:
         """Forgets what has expired."""
         oldest = time.time() - self.lifetime
-        old_reply = time.time() - REPLY_LIFETIME
+        old_reply = time.time() - self.reply_lifetime
         await self._run(lambda c: c.execute("DELETE FROM replies WHERE created < ?", (old_reply,)))
         await self._run(lambda c: c.execute("DELETE FROM requests WHERE finished < ?", (oldest,)))
 

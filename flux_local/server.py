@@ -66,7 +66,7 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
     dispatcher = Dispatcher(folder, settings.device_list(), limits, engine_options)
     history = History(Path(settings.data_dir).expanduser(), settings.url_lifetime)
     decoder = SafeDecoder()
-    has_checker = "--safety" in engine_options
+    has_checker = settings.safety_folder() is not None
     services = Services(settings, model, dispatcher, store, history, decoder, int(time.time()), has_checker)
     requests = Requests(services)
     app = create_app(services, requests)
@@ -78,7 +78,7 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     unfinished = await history.unfinished()
     serving = asyncio.create_task(server.serve([listener]))
-    sweeping = asyncio.create_task(sweep(store, history))
+    sweeping = asyncio.create_task(sweep(services, requests))
     try:
         starting = asyncio.create_task(dispatcher.start())
         stop = asyncio.create_task(stopping.wait())
@@ -99,8 +99,10 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         sweeping.cancel()
         server.should_exit = True
         await requests.stop()
-        with contextlib.suppress(Exception):
+        try:
             await dispatcher.stop()
+        except Exception:
+            log.exception("the engines could not be stopped in order")
         await decoder.close()
         await asyncio.gather(serving, return_exceptions=True)
         listener.close()
@@ -159,14 +161,16 @@ async def drain(requests: Requests) -> None:
         await asyncio.sleep(STEP_OF_SIGNAL)
 
 
-async def sweep(store: Store, history: History) -> None:
+async def sweep(services: Services, requests: Requests) -> None:
+    """At once and now and then: removes what has expired, and writes what could not be written before."""
     while True:
-        await asyncio.sleep(SWEEP_SECONDS)
         try:
-            await asyncio.to_thread(store.sweep)
-            await history.sweep()
-        except Exception:  # a full disk, say: what could not be removed now is removed later
+            await asyncio.to_thread(services.store.sweep)
+            await requests.write_endings()
+            await services.history.sweep()
+        except Exception:  # a full disk, say: what could not be done now is done later
             log.exception("what has expired could not be removed")
+        await asyncio.sleep(SWEEP_SECONDS)
 
 
 def bind(host: str, port: int) -> socket.socket:

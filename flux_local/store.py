@@ -41,7 +41,6 @@ class Store:
             raise AlreadyTaken(
                 f"Another flux-local server uses the data directory {folder}. Stop it, or choose another --data-dir."
             ) from None
-        self.sweep()
 
     def close(self) -> None:
         os.close(self._lock)

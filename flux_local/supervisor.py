@@ -28,6 +28,9 @@ LOOK_EVERY = 0.2
 LOAD_LIMIT = 1800.0
 """Seconds that loading and warming up may take."""
 REAP_SECONDS = 10.0
+HARD_WORK = 20
+"""Steps of a first request that the longest phase takes no longer than: a canvas four times as large, whose attention
+takes sixteen times as long, or the proof of a batch. What takes a minute a step, as FLUX.1 on a CPU, is not hung."""
 FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 """Signals that somebody else sends: no request is to blame for them."""
 
@@ -40,14 +43,13 @@ class Fall:
 
     serials: tuple[int, ...]
     inside: bool
-    why: str
 
 
 class Supervisor:
     """Keeps one engine process running on one device.
 
     Args:
-        patience: seconds that a phase of work may take before the engine counts as hung.
+        patience: seconds that a phase of work may take before the engine counts as hung; more, where steps are long.
         max_falls, window: so many falls in so many seconds without a finished picture, and it is given up.
         options: more of the engine program's own.
         busy: whether the engine owes anything; an idle engine's silence is no hang.
@@ -69,7 +71,7 @@ class Supervisor:
     ) -> None:
         self.folder = folder
         self.device = device
-        self.patience = patience
+        self.patience = self.least_patience = patience
         self.max_falls = max_falls
         self.window = window
         self.options = list(options)
@@ -78,8 +80,7 @@ class Supervisor:
         self.on_ready = on_ready
         self.on_fall = on_fall
         self.ready: Ready | None = None
-        self.ready_once: Ready | None = None
-        """What the engine said when it was last ready, though it may have died since."""
+        self.was_ready = False
         self.process: subprocess.Popen[bytes] | None = None
         self.sent = 0.0
         self._falls: deque[float] = deque()
@@ -141,7 +142,7 @@ class Supervisor:
         why = "hung" if self._hung else f"ended ({signal.Signals(-code).name if code and code < 0 else code})"
         log.error("the engine on %s %s while in phase %s; starting another", self.device, why, state.phase.name)
         self._hang_up()
-        self.on_fall(self, Fall(state.serials, inside, why))
+        self.on_fall(self, Fall(state.serials, inside))
         await self._kill()
 
     async def _watch(self) -> None:
@@ -201,10 +202,11 @@ class Supervisor:
             failed.exit_code = message.exit_code
             raise failed
         assert isinstance(message, Ready)
-        if self.ready_once is None:
+        if not self.was_ready:
             # What comes after a crash is laid out as the first was, though the memory that is free may tempt otherwise.
             self.options += ["--memory", message.tier]
-        self.ready = self.ready_once = message
+        self.ready, self.was_ready = message, True
+        self.patience = max(self.least_patience, HARD_WORK * message.step_seconds)
         self.on_ready(self)
         return reader
 

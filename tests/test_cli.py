@@ -98,13 +98,16 @@ def test_generate_edits_what_the_server_edits(tmp_path: Path, server: object) ->
      (("generate", "x", "--model", "nowhere"), 4), (("generate", "x", "--devices", "cuda:7"), 1),
      (("generate", "x", "--image", "none.png"), 2), (("generate", "x", "--mask", "none.png"), 2),
      (("generate", "x", "--image", str(ROOT / "README.md")), 2), (("generate", "x", "--seed", "many"), 2),
-     (("generate", "x", "--go-fast", "perhaps"), 2), (("generate",), 2), (("fly",), 2), (("serve", "--wings", "2"), 2)],
+     (("generate", "x", "--go-fast", "perhaps"), 2), (("generate",), 2), (("fly",), 2), (("serve", "--wings", "2"), 2),
+     (("serve", "--por", "0"), 2), (("serve", "--api-keys", "sk-secret"), 2),
+     (("generate", "x", "-o", "no/such/folder.png"), 2)],
 )  # fmt: skip
 def test_mistakes_have_a_sentence_and_a_code(arguments: tuple[str, ...], code: int, tmp_path: Path) -> None:
     done = flux(*arguments, cwd=tmp_path)
     assert done.returncode == code
     assert done.stderr.strip()
     assert "Traceback" not in done.stderr
+    assert "sk-secret'" not in done.stderr
 
 
 def test_bench_measures_a_server_that_runs(server: object) -> None:

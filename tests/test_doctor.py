@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -43,6 +44,15 @@ def test_everything_that_is_wrong_and_what_mends_it(tmp_path: Path) -> None:
     assert found["device cpu"]["verdict"] == "good"
     assert "--port" in found["address"]["text"]
     assert "--devices cpu" in found["device cuda:7"]["text"]
+
+
+def test_pictures_that_were_promised_for_longer_stay(tmp_path: Path) -> None:
+    picture = tmp_path / "files" / f"{'a' * 32}.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"a picture")
+    os.utime(picture, (1e9, 1e9))
+    assert examined(tmp_path, "--port", "0")[0] == 0
+    assert picture.is_file()
 
 
 def test_for_people_it_is_a_table(tmp_path: Path) -> None:

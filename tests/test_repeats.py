@@ -61,10 +61,13 @@ def test_a_repeat_waits_no_longer_than_its_client(server: Server) -> None:
 
 
 def test_a_repeat_takes_over_from_a_client_that_left(server: Server) -> None:
-    headers, body = keyed(), {**BODY, "steps": 100, "n": 2, "size": "192x192"}
+    headers, body = keyed(), {**BODY, "steps": 100, "n": 4}
     with pytest.raises(httpx.ReadTimeout):
         server.post(body, headers=headers, timeout=0.3)
-    assert server.post(body, headers=headers).status_code == 200
+    again = server.post(body, headers=headers)
+    assert (again.status_code, "idempotent-replayed" in again.headers) == (200, False)
+    newest = httpx.get(server.url + "/v1/images/requests", params={"limit": 2}).json()["data"]
+    assert [entry["status"] for entry in newest] == ["succeeded", "cancelled"]
 
 
 def test_another_body_under_the_same_key(server: Server) -> None:
@@ -95,9 +98,19 @@ def test_what_is_no_key(server: Server, key: str) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
 
 
-def test_streams_take_none(server: Server) -> None:
-    answer = server.post({**BODY, "stream": True}, headers=keyed())
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "stream")
+@pytest.mark.parametrize("name", ["stream", "sync_mode"])
+def test_what_leaves_nothing_to_repeat_takes_none(server: Server, name: str) -> None:
+    answer = server.post({**BODY, name: True}, headers=keyed())
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+
+
+def test_what_was_deleted_is_not_repeated(server: Server) -> None:
+    headers, body = keyed(), {**BODY, "response_format": "b64_json"}
+    first = server.post(body, headers=headers)
+    assert httpx.delete(f"{server.url}/v1/images/requests/{first.json()['id']}").status_code == 200
+    again = server.post(body, headers=headers)
+    assert (again.status_code, "idempotent-replayed" in again.headers) == (200, False)
+    assert again.json()["id"] != first.json()["id"]
 
 
 def test_keys_are_an_owner_s_own_and_outlive_the_process(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,15 @@ def test_what_does_not_go_together(server: Server, name: str, value: bool) -> No
     assert answer.json()["error"]["param"] == name
 
 
+def test_a_request_that_was_cancelled_leaves_no_files(tmp_path: Path) -> None:
+    with running(tmp_path, FLUX_LOCAL_FAULTS="slow seconds=0.1 step=30") as server:
+        files = tmp_path / "data" / "files"
+        long = server.post({**BODY, "steps": 40, "n": 8}, headers=ASYNC).headers["location"]
+        eventually(lambda: any(files.iterdir()))
+        assert httpx.delete(long).json()["status"] == "cancelled"
+        assert list(files.iterdir()) == []
+
+
 def test_unknown_ids(server: Server) -> None:
     for id in ("req_" + "0" * 24, "x", "%00", "..", "a" * 3000):
         assert httpx.get(f"{server.url}/v1/images/requests/{id}").status_code in (200, 404)
@@ -148,6 +158,22 @@ def test_accepted_work_outlives_a_kill(tmp_path: Path) -> None:
         assert httpx.get(f"{server.url}/v1/images/requests/{ids[-1]}").json()["response"]["data"] == expected
 
 
+def test_work_of_another_version_ends_and_the_server_starts(tmp_path: Path) -> None:
+    with running(tmp_path, FLUX_LOCAL_FAULTS="hang") as server:
+        location = server.post(BODY, headers=ASYNC).headers["location"]
+        server.process.kill()
+        server.process.wait()
+    with sqlite3.connect(tmp_path / "data" / "history.sqlite3") as history:
+        history.execute("UPDATE requests SET work = ?", (b"\x81\xa6params\x80",))
+        history.executescript("DROP TABLE replies; CREATE TABLE replies (key); PRAGMA user_version = 0;")
+    history.close()
+    with running(tmp_path) as server:
+        entry = httpx.get(f"{server.url}/v1/images/requests/{location.rpartition('/')[2]}").json()
+        assert (entry["status"], entry["error"]["code"]) == ("failed", "internal_error")
+        key = {"idempotency-key": "the tables are those of this version"}
+        assert server.post(BODY, headers=key).content == server.post(BODY, headers=key).content
+
+
 def test_a_damaged_history_does_not_stop_the_server(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "history.sqlite3").write_bytes(b"this is no database" * 500)
@@ -171,6 +197,23 @@ def test_a_full_disk_costs_urls_and_nothing_else(tmp_path: Path) -> None:
         assert full.headers["x-should-retry"] == "false"
         process.rlimit(psutil.RLIMIT_FSIZE, limits)
         assert httpx.get(server.post(BODY).json()["data"][0]["url"]).status_code == 200
+
+
+def test_accepted_work_ends_on_a_full_disk_too(tmp_path: Path) -> None:
+    """What cannot be written down yet is told all the same, and deleted."""
+    with running(tmp_path, FLUX_LOCAL_FAULTS="slow seconds=1 step=0") as server:
+        process = psutil.Process(server.process.pid)
+        made = [server.post(BODY, headers=ASYNC).headers["location"] for _ in range(2)]
+        limits = process.rlimit(psutil.RLIMIT_FSIZE)
+        process.rlimit(psutil.RLIMIT_FSIZE, (0, limits[1]))
+        for location in made:
+            eventually(lambda location=location: status(location) == "failed")
+        assert httpx.get(made[0]).json()["error"]["code"] == "storage_full"
+        newest = httpx.get(server.url + "/v1/images/requests").json()["data"]
+        assert [entry["status"] for entry in newest] == ["failed", "failed"]
+        process.rlimit(psutil.RLIMIT_FSIZE, limits)
+        assert httpx.delete(made[0]).json()["status"] == "failed"
+        assert httpx.get(made[0]).status_code == 404
 
 
 def test_the_history_has_pages(server: Server) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ import pytest
 from mini.drawings import Scene, Thing, draw
 from PIL import Image
 
-from tests.servers import Server, eventually
+from tests.servers import Server, eventually, running
 
 BODY: dict[str, Any] = {"prompt": "a large red star on a blue background", "size": "128x128", "steps": 8, "seed": 4}
 
@@ -80,6 +81,13 @@ def test_each_of_several_pictures_has_its_own_events(server: Server) -> None:
     for index in (0, 1):
         own = [event for _, event in got if event["index"] == index]
         assert [event.get("partial_image_index") for event in own] == [0, 1, None]
+
+
+def test_a_picture_that_is_drawn_again_is_told_once(tmp_path: Path) -> None:
+    with running(tmp_path, FLUX_LOCAL_FAULTS="nan step=7 times=1") as server:
+        _, got = events(server, {**BODY, "partial_images": 3})
+        assert "drawing it again" in server.output
+    assert [event.get("partial_image_index") for _, event in got] == [0, 1, 2, None]
 
 
 def test_fewer_steps_than_partials(server: Server) -> None:

@@ -33,7 +33,10 @@ log = logging.getLogger("flux_local.access")
 
 def create_app(services: Services, requests: Requests) -> ASGIApp:
     """The ASGI application, keys and all."""
-    app = FastAPI(title="flux-local", version=flux_local.__version__, docs_url=None, redoc_url=None)
+    # A redirect would go to whatever Host the client names.
+    app = FastAPI(
+        title="flux-local", version=flux_local.__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     answers.install(app)
     app.include_router(probes(services))
     app.include_router(later_routes())

@@ -71,7 +71,8 @@ class Repeats:
             answer = await make()
             if answer.status_code in (200, 202):
                 headers = {name: value for name, value in answer.headers.items() if name not in OWN_HEADERS}
-                reply = Reply(fingerprint, answer.status_code, headers, bytes(answer.body))
+                id = request.scope["request_id"]
+                reply = Reply(id, fingerprint, answer.status_code, headers, bytes(answer.body))
                 with contextlib.suppress(StorageFull):  # the pictures are there; a repeat would draw them again
                     await self.history.keep_reply(*place, reply)
             return answer

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,8 +43,21 @@ class Live:
 
     task: asyncio.Task[Any]
     steps: dict[int, Step] = field(default_factory=dict)
-    pictures: int = 1
     cancelled: bool = False
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a request ended, as `History.finish` takes it."""
+
+    status: Status
+    response: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    files: list[str] = field(default_factory=list)
+
+    def of(self, entry: Entry) -> Entry:
+        """The entry as if this had been written down."""
+        return msgspec.structs.replace(entry, finished=entry.finished or time.time(), **vars(self))
 
 
 class Requests:
@@ -53,7 +67,10 @@ class Requests:
         self.services = services
         self.live: dict[str, Live] = {}
         self.stopping = False
-        self.synchronous = 0
+        self.waited_for: set[asyncio.Task[Any]] = set()
+        """Work whose client waits for the answer."""
+        self.unwritten: dict[str, Ending] = {}
+        """How requests ended that the disk had no room for."""
 
     async def begin(
         self, work: Work, route: str, on_event: OnEvent | None = None, on_picture: OnPicture | None = None
@@ -85,13 +102,10 @@ class Requests:
 
     def _answering(self, work: Work, doing: Coroutine[Any, Any, dict[str, Any]]) -> asyncio.Task[dict[str, Any]]:
         """Work whose client waits."""
-        self.synchronous += 1
         task = self._spawn(work, doing)
-        task.add_done_callback(self._answered)
+        self.waited_for.add(task)
+        task.add_done_callback(self.waited_for.discard)
         return task
-
-    def _answered(self, _: object) -> None:
-        self.synchronous -= 1
 
     async def start(self, work: Work, route: str) -> None:
         """Accepts the work; it goes on by itself, and is taken up again if the server is restarted."""
@@ -115,15 +129,23 @@ class Requests:
         """Takes up what an earlier process was told to do, and closes what nobody waits for any more."""
         for entry in unfinished:
             if entry.work is None:
-                error = error_body(InternalError("The server was stopped while it worked on this. Send it again."))
-                await self.services.history.finish(entry.id, "failed", error=error)
+                await self._lost(entry, InternalError("The server was stopped while it worked on this. Send it again."))
             else:
                 try:
                     work = unpacked(entry, self.services)
                 except FluxError as error:  # an adapter has gone meanwhile
-                    await self.services.history.finish(entry.id, "failed", error=error_body(error))
+                    await self._lost(entry, error)
+                    continue
+                except (msgspec.MsgspecError, ValueError):
+                    log.exception("request %s was accepted by another version and cannot be read", entry.id)
+                    await self._lost(
+                        entry, InternalError("The server was changed before it came to this. Send it again.")
+                    )
                     continue
                 self._spawn(work, self._tracked(work, None, None, whole=True))
+
+    async def _lost(self, entry: Entry, error: FluxError) -> None:
+        await self._finish(entry.id, "failed", error=error_body(error))
 
     async def stop(self) -> None:
         """Leaves accepted work for the next process."""
@@ -135,7 +157,7 @@ class Requests:
 
     def awaited(self) -> bool:
         """Whether a client waits for an answer."""
-        return self.synchronous > 0
+        return bool(self.waited_for)
 
     async def remove(self, id: str, owner: str) -> Entry:
         """Cancels what still runs and removes what is stored; returns the entry as it was last.
@@ -150,10 +172,11 @@ class Requests:
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 await asyncio.shield(asyncio.wait([live.task]))
             entry = await self.services.history.get(id, owner)
-        for name in entry.files:
+        ending = self.unwritten.pop(id, None)
+        for name in (*entry.files, *(ending.files if ending else ())):
             await asyncio.to_thread(self.services.store.remove, name)
         await self.services.history.remove(id)
-        return entry
+        return ending.of(entry) if ending else entry
 
     def _spawn(self, work: Work, doing: Coroutine[Any, Any, dict[str, Any]]) -> asyncio.Task[dict[str, Any]]:
         task = asyncio.create_task(doing)
@@ -171,7 +194,7 @@ class Requests:
     ) -> dict[str, Any]:
         task = asyncio.current_task()
         assert task is not None
-        live = self.live[work.id] = Live(task, pictures=len(work.params.seeds))
+        live = self.live[work.id] = Live(task)
 
         def note(index: int, event: Step | Partial) -> None:
             if isinstance(event, Step):
@@ -181,6 +204,7 @@ class Requests:
 
         try:
             body = await work.run(note, on_picture)
+            await self._finish(work.id, "succeeded", response=kept(body, whole), files=work.files)
         except asyncio.CancelledError:
             if self.stopping:
                 raise Draining("The server is stopping. Send the request again.", retry_after=5) from None
@@ -197,18 +221,31 @@ class Requests:
             raise
         finally:
             self.live.pop(work.id, None)
-        await self._finish(work.id, "succeeded", response=kept(body, whole), files=files_of(body))
         return body
 
     async def _finish(self, id: str, status: Status, **more: Any) -> None:
-        """Writes down a request's end, even if its client leaves meanwhile. A full disk costs the account, no more."""
+        """Writes down a request's end, even if its client leaves meanwhile. What a full disk does not take is kept in
+        memory and written later."""
         try:
             await asyncio.shield(self.services.history.finish(id, status, **more))
         except StorageFull:
-            log.exception("the end of request %s (%s) could not be written down", id, status)
+            log.exception("the end of request %s (%s) could not be written down yet", id, status)
+            self.unwritten[id] = Ending(status, **more)
+
+    async def write_endings(self) -> None:
+        """Writes down what could not be written before.
+
+        Raises:
+            StorageFull: it still cannot.
+        """
+        for id, ending in list(self.unwritten.items()):
+            await self.services.history.finish(id, **vars(ending))
+            self.unwritten.pop(id, None)
 
     def view(self, entry: Entry) -> dict[str, Any]:
         """An entry as the API shows it."""
+        if (ending := self.unwritten.get(entry.id)) is not None:
+            entry = ending.of(entry)
         live = self.live.get(entry.id)
         status = "running" if live and live.steps and entry.status == "queued" else entry.status
         found = {
@@ -259,11 +296,6 @@ def kept(body: dict[str, Any], whole: bool) -> dict[str, Any]:
         return body
     data = [{name: value for name, value in item.items() if name != "b64_json"} for item in body["data"]]
     return {**body, "data": data}
-
-
-def files_of(body: dict[str, Any]) -> list[str]:
-    urls = (item.get("url", "") for item in body["data"])
-    return [url.rpartition("/")[2] for url in urls if "/images/files/" in url]
 
 
 def packed(work: Work) -> bytes:

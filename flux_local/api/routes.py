@@ -45,8 +45,9 @@ def router(services: Services, requests: Requests) -> APIRouter:
 
     async def once(request: Request, route: Route, raw: dict[str, Any], source: Source | None = None) -> Response:
         params = checked(raw, route, Size(*source.image.size) if source else None)
-        if params.stream and HEADER in request.headers:
-            raise InvalidValue("'stream' does not go with an 'Idempotency-Key'; leave one out.", param="stream")
+        for name in ("stream", "sync_mode"):
+            if getattr(params, name) and HEADER in request.headers:
+                raise InvalidValue(f"'{name}' does not go with an 'Idempotency-Key'; leave one out.", param=name)
         fingerprint = ""
         if HEADER in request.headers:
             fingerprint = await asyncio.to_thread(fingerprint_of, raw, source, request.headers.get("prefer", ""))

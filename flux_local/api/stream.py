@@ -64,9 +64,12 @@ class Events:
         self.queue: asyncio.Queue[tuple[str, dict[str, Any]] | None] = asyncio.Queue()
         self.encoding: set[asyncio.Task[None]] = set()
         self.last: dict[int, asyncio.Task[None]] = {}
+        self.told: dict[int, int] = {}
+        """Of each picture, the partial picture told last; a picture that is drawn again has them all again."""
 
     def on_event(self, index: int, event: Step | Partial) -> None:
-        if isinstance(event, Partial):
+        if isinstance(event, Partial) and event.index > self.told.get(index, -1):
+            self.told[index] = event.index
             self._tell(index, self._partial(index, event, self.last.get(index)))
 
     def on_picture(self, index: int, item: dict[str, Any], done: Done) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
@@ -31,8 +31,6 @@ from flux_local.plan import Source
 BODY_LIMIT = 64_000_000
 IMAGE_LIMIT = 50_000_000
 PARTS = 64
-
-Raw = Mapping[str, Any]
 
 
 async def read(request: Request, decoder: SafeDecoder) -> tuple[dict[str, Any], Source]:

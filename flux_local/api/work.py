@@ -6,7 +6,7 @@ import asyncio
 import base64
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -73,6 +73,8 @@ class Work:
     owner: str
     seconds: float
     """After which nobody wants it any more."""
+    files: list[str] = field(default_factory=list)
+    """Names of what it has stored; gone again unless it succeeds."""
 
     @property
     def params(self) -> GenerationParams:
@@ -93,10 +95,15 @@ class Work:
         try:
             async with asyncio.timeout(self.seconds):
                 return await self._run(on_event, on_picture)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "The time for this request passed first. Ask for fewer steps, or give more in 'X-Request-Timeout'."
-            ) from None
+        except BaseException as error:
+            for name in self.files:
+                self.services.store.remove(name)
+            self.files.clear()
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded(
+                    "The time for this request passed first. Ask for fewer steps, or give more in 'X-Request-Timeout'."
+                ) from None
+            raise
 
     async def _run(self, on_event: OnEvent | None, on_picture: OnPicture | None) -> dict[str, Any]:
         self.services.precision(self.params)  # another process may have accepted it, with other precisions loaded
@@ -161,8 +168,19 @@ class Work:
             return {"b64_json": base64.b64encode(data).decode(), **found}
         if params.sync_mode:
             return {"url": f"data:image/{params.output_format};base64,{base64.b64encode(data).decode()}", **found}
-        name = await asyncio.to_thread(self.services.store.save, data, params.output_format)
-        return {"url": f"{self.base_url}/v1/images/files/{name}", **found}
+        return {"url": f"{self.base_url}/v1/images/files/{await self._saved(data)}", **found}
+
+    async def _saved(self, data: bytes) -> str:
+        """The name of a new file; none is left if this is cancelled."""
+        store = self.services.store
+        saving = asyncio.ensure_future(asyncio.to_thread(store.save, data, self.params.output_format))
+        try:
+            name = await asyncio.shield(saving)
+        except asyncio.CancelledError:
+            saving.add_done_callback(lambda done: None if done.exception() else store.remove(done.result()))
+            raise
+        self.files.append(name)
+        return name
 
     def _body(self, results: list[tuple[dict[str, Any], Done]], total: float) -> dict[str, Any]:
         done = [d for _, d in results]
