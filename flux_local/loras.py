@@ -9,7 +9,8 @@ from flux_local.errors import InvalidValue, NotFound, WeightsError
 from flux_local.model.headers import safetensors_header
 
 SUFFIX = ".safetensors"
-NAME = re.compile(r"[^\W_][\w .+()-]{0,150}")
+NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,150}")
+"""A file's, without its suffix: no path, and nothing hidden."""
 LISTED = 400
 """Characters of names at most in an error's message."""
 

@@ -175,7 +175,14 @@ def test_the_layouts_that_trainers_write(small: Any, layout: Any, layers: tuple[
         torch.testing.assert_close(found[name].up @ found[name].down, f.up @ f.down)
 
 
-def test_the_layout_of_black_forest_labs(small: Any, tmp_path: Path) -> None:
+def in_kohya_s_names(key: str) -> str:
+    layer, half = re.fullmatch(r"diffusion_model\.(.+?)(\.lora_\w+\.weight|\.alpha)", key).groups()  # type: ignore[union-attr]
+    half = half.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+    return f"lora_unet_{layer.replace('.', '_')}{half}"
+
+
+@pytest.mark.parametrize("rename", [str, in_kohya_s_names])
+def test_the_layout_of_black_forest_labs(small: Any, tmp_path: Path, rename: Any) -> None:
     """Joined matrices share the factor that reads."""
     has = shapes(small[1])
     adapter = factors(
@@ -186,14 +193,20 @@ def test_the_layout_of_black_forest_labs(small: Any, tmp_path: Path) -> None:
         adapter[name] = Factors(adapter[name].up, first.down)
     assert len(adapter) == 3 + 4 + 1
     stored = bfl_layout(adapter)
+    stored["diffusion_model.img_in.lora_A.weight"] = torch.ones(4, 64)
+    stored["diffusion_model.img_in.lora_B.weight"] = torch.ones(has["x_embedder"][0], 4)
+    adapter["x_embedder"] = Factors(torch.ones(has["x_embedder"][0], 4), torch.ones(4, 64))
+    stored = {rename(key): tensor for key, tensor in stored.items()}
+    stored["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.ones(4, 4)
+    stored[f"{rename('diffusion_model.img_in.lora_A.weight').partition('.lora')[0]}.diff_b"] = torch.zeros(64)
     save_file({k: v.contiguous() for k, v in stored.items()}, tmp_path / "a.safetensors")
     found = read(str(tmp_path / "a.safetensors"), has)
     assert found.keys() == adapter.keys()
     for name, f in adapter.items():
         torch.testing.assert_close(found[name].up @ found[name].down, f.up @ f.down)
-    stored["diffusion_model.double_blocks.7.img_mlp.0.lora_A.weight"] = torch.zeros(4, 64)
+    stored[rename("diffusion_model.double_blocks.7.img_mlp.0.lora_A.weight")] = torch.zeros(4, 64)
     save_file({k: v.contiguous() for k, v in stored.items()}, tmp_path / "b.safetensors")
-    with pytest.raises(InvalidValue, match=r"double_blocks\.7"):
+    with pytest.raises(InvalidValue, match="double_blocks_7"):
         read(str(tmp_path / "b.safetensors"), has)
 
 
@@ -274,6 +287,30 @@ def test_an_alpha_beside_diffusers_names(small: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(found.up @ found.down, adapter[name].up @ adapter[name].down / 4)
 
 
+@pytest.mark.parametrize(("rooted", "root"), [(False, RANK), (True, RANK**0.5)])
+def test_the_strength_that_a_file_s_metadata_state(small: Any, tmp_path: Path, rooted: bool, root: float) -> None:
+    """What `save_lora_weights` of diffusers writes for PEFT's configuration; no tensor says it."""
+    names = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_mlp")
+    has = shapes(small[1])
+    adapter = factors({name: has[name] for name in names})
+    config = {"r": RANK, "lora_alpha": 3 * RANK, "alpha_pattern": {"attn.to_q": 5}, "use_rslora": rooted}
+    stated = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+    save_file(diffusers_layout(adapter), tmp_path / "a.safetensors", metadata=stated)
+    found = read(str(tmp_path / "a.safetensors"), has)
+    for name, alpha in zip(names, (5, 3 * RANK), strict=True):
+        torch.testing.assert_close(found[name].up, adapter[name].up * alpha / root)
+
+
+@pytest.mark.parametrize("key", ["lora_unet_img_in.dora_scale", "lora_unet_img_in.diff_b"])
+def test_what_does_more_than_a_lora_is_refused(small: Any, tmp_path: Path, key: str) -> None:
+    """Some of it readers leave out without a word."""
+    layer = "transformer_blocks.1.attn.to_out.0"
+    stored = kohya_layout(factors({layer: shapes(small[1])[layer]}))
+    save_file(stored | {key: torch.ones(64)}, tmp_path / "a.safetensors")
+    with pytest.raises(InvalidValue, match=r"more than a LoRA does"):
+        read(str(tmp_path / "a.safetensors"), shapes(small[1]))
+
+
 def test_nothing_drifts_in_a_thousand_switches(small: Any, tmp_path: Path) -> None:
     state, transformer = small
     fast = in_fp8(transformer)
@@ -323,6 +360,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(diffusers_layout(factors({"proj_out": (32, 32)})), folder / "other-model.safetensors")
     save_file(diffusers_layout(factors({"no.such.layer": (8, 8)})), folder / "other-layers.safetensors")
     save_file({"weights": torch.zeros(4)}, folder / "no-adapter.safetensors")
+    save_file(diffusers_layout(factors(layers, 2)), folder / "[FLUX] it's a_style, v2 & more!.safetensors")
+    (folder / ".hidden.safetensors").write_bytes((folder / "second.safetensors").read_bytes())
     (folder / "pickled.safetensors").write_bytes(pickle.dumps({"a": 1}))
     (folder / "bomb.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     (folder / "cut.safetensors").write_bytes((folder / "second.safetensors").read_bytes()[:-100])
@@ -349,6 +388,8 @@ class TestServed:
             assert one == same
             assert len({p[0] for p in (without, one, weaker, two)}) == 4
             assert pictures(with_loras.post({**body, "loras": [{"path": "second", "scale": 0}]})) == without
+            odd = pictures(with_loras.post({**body, "loras": ["[FLUX] it's a_style, v2 & more!"]}))
+            assert odd != without
         assert pictures(with_loras.post(BODY)) == plain
 
     def test_the_official_client_s_form_of_a_list(self, with_loras: Server) -> None:
@@ -390,6 +431,7 @@ class TestServed:
         [
             ("absent", 404, "second"), ("../outside", 400, "not by a path"), ("/etc/passwd", 400, "not by a path"),
             ("https://example.org/a.safetensors", 400, "not by a path"), ("", 400, "not by a path"),
+            (".hidden", 400, "not by a path"), ("..\\outside", 400, "not by a path"),
             ("pickled", 400, "no whole safetensors"), ("bomb", 400, "no whole safetensors"),
             ("cut", 400, "no whole safetensors"), ("other-model", 400, "another model"),
             ("other-layers", 400, "no layer"), ("no-adapter", 400, "weights"),

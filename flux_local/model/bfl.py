@@ -107,11 +107,12 @@ def part_of(stored: Tensor, layer: str, width: int) -> Tensor:
 
 
 ADAPTER = re.compile(
-    r"(?:model\.|diffusion_model\.|base_model\.|transformer\.)*"
-    r"(?P<layer>(?:double|single)_blocks\.\d+\..+?|(?:img|txt)_in|(?:time|vector|guidance)_in\.\w+|final_layer\..+?)"
-    r"\.(?:lora_(?P<half>A|B|down|up)(?:\.default)?\.weight|(?P<alpha>alpha))"
+    r"(?:lora_unet_|(?:model\.|diffusion_model\.|base_model\.|transformer\.)*)"
+    r"(?P<layer>(?:double|single)_blocks[._]\d+[._].+?|(?:img|txt)_in|(?:time|vector|guidance)_in[._]\w+"
+    r"|final_layer[._].+?)\.(?:lora_(?P<half>A|B|down|up)(?:\.default)?\.weight|(?P<alpha>alpha))"
 )
-"""A key of an adapter's file: which layer it is of, and which of its two factors, or their alpha."""
+"""A key of an adapter's file: which layer it is of, and which of its two factors, or their alpha. Kohya's trainer has
+these names too, with underlines for dots."""
 
 
 def is_adapter(keys: Iterable[str]) -> bool:
@@ -135,10 +136,10 @@ def adapter(found: dict[str, Tensor], layers: Iterable[str], width: int) -> tupl
             converted[key] = tensor
         else:
             half = {"down": "A", "up": "B"}.get(match["half"], match["half"])
-            halves.setdefault(match["layer"], {})[half or "alpha"] = tensor
+            halves.setdefault(match["layer"].replace(".", "_"), {})[half or "alpha"] = tensor
     alphas, used = dict[str, float](), set[str]()
     for layer in layers:
-        stored, _, _ = bfl_name(layer, width)
+        stored = bfl_name(layer, width)[0].replace(".", "_")
         if stored not in halves:
             continue
         used.add(stored)

@@ -1,12 +1,13 @@
 """What the files of a model are, told by their headers: a diffusers folder, or single files as other tools write them.
 
-A component is known by a tensor that no other has, and that two belong together by their widths; names of files mean
-nothing. Reads headers only, never a tensor's numbers, and never a pickle. Knows neither torch nor how to draw.
+A component is known by a tensor that no other has, and that two belong together by their widths; names of files only
+settle a tie. Reads headers only, never a tensor's numbers, and never a pickle. Knows neither torch nor how to draw.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ NAMED = {
     "text_encoder": "the CLIP text encoder (clip_l.safetensors)",
     "text_encoder_2": "the T5 text encoder (t5xxl_fp16.safetensors or one in fp8)",
 }
+USUAL = {"vae": "ae", "text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
+"""Part of the name that a component's file has in FLUX.1's own repository."""
+
+log = logging.getLogger("flux_local.checkpoint")
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,8 @@ def of_folder(folder: Path) -> Checkpoint:
         if not headers:
             raise WeightsError(f"{folder / component} holds no .safetensors file. Copy or download the model again.")
         parts[component] = Part(headers)
+        for header in headers:
+            check_types(header, parts[component])
     check_transformer(parts["transformer"])
     return Checkpoint(folder, folder, parts)
 
@@ -232,19 +239,26 @@ def of_files(path: Path, homes: Sequence[Path]) -> Checkpoint:
         for circle in circles:
             fitting = [part for name, part in circle if name == component and fits(component, part, transformer)]
             if fitting:
-                parts[component] = max(fitting, key=finest)
+                parts[component] = max(fitting, key=lambda part: (finest(part), usual(component, part)))
                 break
         else:
             raise WeightsError(
                 f"{path} is a transformer; {NAMED[component]} is missing. Put it into {around} or beside that, "
                 "or give a diffusers folder."
             )
+    for component in COMPONENTS[1:]:
+        log.info("%s: %s", NAMED[component], parts[component].headers[0].path)
     return Checkpoint(path, home_of([around, around.parent, *homes]), parts)
 
 
 def finest(part: Part) -> int:
     """More, the less its numbers are rounded."""
     return -len(part.types & {"F8_E4M3", "F8_E5M2", "GGUF"})
+
+
+def usual(component: Component, part: Part) -> bool:
+    """Whether its file has the name that FLUX.1's has everywhere; a fine-tuned one beside it has another."""
+    return USUAL[component] in part.headers[0].path.stem.lower()
 
 
 def check_transformer(part: Part) -> None:

@@ -3,12 +3,14 @@
 A layer with adapters has the weight base + Σ scale · up · down, computed in fp32 and rounded once, in the memory that
 it had before: recorded graphs stay good, and fp8 layers are quantised anew from the sum. The base is never computed
 back but loaded again, so that nothing drifts; what a layer held lately is kept where the device has room, so that
-going back costs a copy. Key layouts are told apart and converted by diffusers, but for Black Forest Labs' own (`bfl`).
+going back costs a copy. Key layouts are told apart and converted by diffusers, but for Black Forest Labs' own and
+Kohya's, which has the same names (`bfl`).
 Knows nothing of where adapters are kept or who may use them.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -25,6 +27,10 @@ from flux_local.model.transformer import FluxTransformer
 
 KEPT = 8
 """Adapters, and sets of them for each layer, that are kept in memory beyond their use."""
+KEPT_BYTES = 2 << 30
+"""Of host memory, that adapters may take beyond their use: one of rank 128 for all layers has as much."""
+STATED = "lora_adapter_metadata"
+"""Where diffusers and PEFT write into a file's metadata how strong it is."""
 
 One = tuple[str, float, int]
 """An adapter's path, its scale, and a number that is another when the file has changed."""
@@ -135,9 +141,13 @@ class Adapters:
         if key not in self.read:
             self.read[key] = read(path, shapes(transformer))
         self.read.move_to_end(key)
-        while len(self.read) > KEPT:
+        while len(self.read) > KEPT or (len(self.read) > 1 and sum(map(nbytes, self.read.values())) > KEPT_BYTES):
             self.read.popitem(last=False)
         return self.read[key]
+
+
+def nbytes(adapter: Adapter) -> int:
+    return sum(factors.up.nbytes + factors.down.nbytes for factors in adapter.values())
 
 
 def shapes(transformer: FluxTransformer) -> dict[str, tuple[int, int]]:
@@ -152,11 +162,17 @@ def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
         InvalidValue: not safetensors, a layout that nobody knows, or layers that this model does not have.
     """
     from diffusers import FluxPipeline
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     name = Path(path).stem
     try:
-        stored = load_file(path)
+        with safe_open(path, "pt") as file:
+            stated = Stated.read(file.metadata() or {})
+            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:  # a stranger's file: whatever a reader makes of it is about the file
+        raise refused(name, f"it cannot be read ({type(error).__name__})") from error
+    stored = only_products(name, stored, stated)
+    try:
         if bfl.is_adapter(stored):
             found, alphas = bfl.adapter(stored, shapes, shapes["x_embedder"][0])
         else:
@@ -174,7 +190,7 @@ def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
             or up.shape[1] != down.shape[0]
         ):
             raise refused(name, f"its {layer} is for another model")
-        strength = float((alphas or {}).get(f"transformer.{layer}.alpha", down.shape[0])) / down.shape[0]
+        strength = stated.strength(layer, down.shape[0], (alphas or {}).get(f"transformer.{layer}.alpha"))
         adapter[layer] = Factors(up.float() * strength, down.float())
         if not bool(torch.isfinite(adapter[layer].up).all() and torch.isfinite(adapter[layer].down).all()):
             raise refused(name, f"its {layer} holds values that are not finite")
@@ -183,9 +199,54 @@ def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
     return adapter
 
 
+@dataclass(frozen=True)
+class Stated:
+    """What a file's metadata say of its strength: PEFT's `lora_alpha`, `alpha_pattern`, `use_rslora`, `use_dora`."""
+
+    alpha: float | None = None
+    alphas: tuple[tuple[str, float], ...] = ()
+    rooted: bool = False
+    dora: bool = False
+
+    @classmethod
+    def read(cls, metadata: dict[str, str]) -> Stated:
+        found = json.loads(metadata.get(STATED) or "{}")
+        own = {key.removeprefix("transformer."): value for key, value in found.items()}
+        alpha, patterns = own.get("lora_alpha"), own.get("alpha_pattern") or {}
+        return cls(
+            None if alpha is None else float(alpha),
+            tuple((str(layer), float(value)) for layer, value in patterns.items()),
+            bool(own.get("use_rslora")),
+            bool(own.get("use_dora")),
+        )
+
+    def strength(self, layer: str, rank: int, alpha: float | None) -> float:
+        """What a layer's product is multiplied by. `alpha`: of the file's own tensors, which goes first."""
+        if alpha is None:
+            alpha = next((a for end, a in self.alphas if f".{layer}".endswith(f".{end}")), self.alpha)
+        return 1.0 if alpha is None else float(alpha) / (rank**0.5 if self.rooted else rank)
+
+
+def only_products(name: str, stored: dict[str, Tensor], stated: Stated) -> dict[str, Tensor]:
+    """The tensors without changes of nothing. Some readers leave out what is more than a product of two factors.
+
+    Raises:
+        InvalidValue: it is.
+    """
+    if stated.dora or any("dora_scale" in key for key in stored):
+        raise refused(name, "it is a DoRA, which changes more than a LoRA does")
+    kept = {}
+    for key, tensor in stored.items():
+        if not key.endswith((".diff", ".diff_b")):
+            kept[key] = tensor
+        elif tensor.any():
+            raise refused(name, f"it does more than a LoRA does: '{key[:80]}'")
+    return kept
+
+
 def pairs(name: str, found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Layer, up and down of each pair in diffusers' layout."""
-    ignored = [key for key in found if key.startswith("text_encoder.")]
+    ignored = [key for key in found if key.startswith(("text_encoder", "lora_te"))]
     if ignored:
         log.warning("the adapter %s has a part for the text encoder, which is not used", name)
     for key, down in found.items():
