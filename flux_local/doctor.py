@@ -108,7 +108,8 @@ def of_memory(settings: Settings, asked: str) -> str:
     sizes, largest = memory.Sizes.of(weights.identify(path)), weights.info(path).canvas.max_area
     device = pick_device(asked)
     emulated = not has_products(device)
-    return str(memory.plan(sizes, memory.room(device), precisions, settings.tier(), largest, emulated))
+    room, host_room = memory.room(device), memory.host_room()
+    return str(memory.plan(sizes, room, precisions, settings.tier(), largest, emulated, host_room))
 
 
 def of_device(asked: str, fp8_attention: bool) -> Iterator[Verdict]:

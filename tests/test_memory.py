@@ -137,10 +137,29 @@ def test_without_products_in_fp8_its_weights_are_no_smaller(krea: Checkpoint) ->
 def test_what_is_short_goes_to_the_host(krea: Checkpoint) -> None:
     roomy, short = plan(Sizes.of(krea), 33 * GB), plan(Sizes.of(krea), 21 * GB)
     assert (roomy.modulation_on_host, short.modulation_on_host) == (False, True)
-    assert (roomy.host, short.host) == (0, 2 * 344 * 3072**2)
+    assert (roomy.host, short.host) == (0, 1 << 33), "pinned memory comes in powers of two"
     assert roomy.tile_above is None
     assert short.tile_above is not None
     assert step_work(Sizes.of(krea), 1 << 20) < step_work(Sizes.of(krea), 1 << 22)
+
+
+def test_what_waits_in_host_memory_has_to_fit_there(krea: Checkpoint) -> None:
+    sizes = Sizes.of(krea)
+
+    def laid_out(host: int, room: int = 12, tier: Tier | None = None) -> Plan:
+        return plan(sizes, room * GB, tier=tier, host_room=host * GB)
+
+    roomy, short = laid_out(60), laid_out(40)
+    assert (roomy.tier, roomy.pinned, short.tier, short.pinned) == ("offload", True, "offload", False)
+    assert short.host == pytest.approx(2 * (11.9e9 + 4.9e9), rel=0.02)
+    assert 45 * GB < roomy.host < 55 * GB
+    assert "not pinned" in str(short)
+    with pytest.raises(StartError, match=r"of that 28\.0 GB are free and 33\.\d GB are needed"):
+        laid_out(28)
+    assert laid_out(28, tier="offload").tier == "offload", "what is asked for is tried"
+    assert laid_out(10, room=21).tier == "fp8"
+    with pytest.raises(StartError, match=r"of that 5\.0 GB are free and 8\.6 GB are needed"):
+        laid_out(5, room=21)
 
 
 def go_fast(pipeline: Pipeline) -> np.ndarray[Any, Any]:

@@ -168,7 +168,7 @@ def load(
         geometry = Geometry.of(checkpoint.config("transformer"))
         plan = memory.plan(
             memory.Sizes.of(checkpoint), memory.room(device), "full" if reference else precisions, tier, largest,
-            not has_products(device),
+            not has_products(device), memory.host_room(),
         )  # fmt: skip
     text = prompt_encoder(checkpoint, device, dtype, plan)
     plain = reference or plan.tier == "offload"
@@ -179,8 +179,10 @@ def load(
         host = transformer_weights(part, geometry, "cpu", dtype)
         fast = None
         if plain:
-            in_groups = plan.tier == "offload"
-            denoiser = Denoiser(reference_transformer(checkpoint, host if in_groups else weights, device, in_groups))
+            module = reference_module(checkpoint, host if plan.tier == "offload" else weights)
+            if plan.tier == "offload":
+                bring_in_groups(module, device, plan.pinned, blocks=True)
+            denoiser = Denoiser(ReferenceTransformer(module, torch.device(device)))
         elif plan.tier in ("fp8", "swap"):
             convert, native = conversion(torch.device(device), ops)
             ready = None if cache is None else prepared.find(cache, checkpoint, dtype)
@@ -234,26 +236,22 @@ def transformer_weights(part: Part, geometry: Geometry, device: str, dtype: torc
     return DiffusersNames(tensors, geometry.width) if part.layout == "bfl" else tensors
 
 
-def reference_transformer(
-    checkpoint: Checkpoint, weights: Weights, device: str, in_groups: bool
-) -> ReferenceTransformer:
-    """diffusers' own module with these tensors; `in_groups`, they stay in host memory until they are needed."""
+def reference_module(checkpoint: Checkpoint, weights: Weights) -> Any:
+    """diffusers' own module with these tensors."""
     from accelerate import init_empty_weights
     from diffusers import FluxTransformer2DModel
 
     with init_empty_weights():
         module = FluxTransformer2DModel.from_config(checkpoint.config("transformer"))
     module.load_state_dict({name: weights(name) for name in module.state_dict()}, assign=True)
-    module = module.eval().requires_grad_(False)
-    if in_groups:
-        bring_in_groups(module, device, blocks=True)
-    return ReferenceTransformer(module, torch.device(device))
+    return module.eval().requires_grad_(False)
 
 
-def bring_in_groups(module: Any, device: str, blocks: bool = False) -> None:
+def bring_in_groups(module: Any, device: str, pinned: bool, blocks: bool = False) -> None:
     """Has diffusers' hooks bring a module's weights from host memory, the next group while one is at work.
 
     Args:
+        pinned: whether they wait where the GPU may copy them by itself; else each is brought there first.
         blocks: a transformer block at a time, instead of a layer.
     """
     from diffusers.hooks import apply_group_offloading
@@ -263,7 +261,7 @@ def bring_in_groups(module: Any, device: str, blocks: bool = False) -> None:
     )
     apply_group_offloading(
         module, onload_device=torch.device(device), offload_device=torch.device("cpu"),
-        use_stream=device.startswith("cuda"), **size,
+        use_stream=device.startswith("cuda"), low_cpu_mem_usage=not pinned, **size,
     )  # fmt: skip
 
 
@@ -292,7 +290,7 @@ def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype, plan
             raise WeightsError(f"{path} lacks the tensor {lost}. Copy or download the model again.")
         module = module.eval().requires_grad_(False)
         if in_host:
-            bring_in_groups(module, device)
+            bring_in_groups(module, device, plan.pinned)
         elif packed:
             state.clear()
             store_in_fp8(module, device)
@@ -338,6 +336,8 @@ class translated:
             return
         if error is not None and memory.is_exhausted(error):
             raise StartError(NO_ROOM) from error
+        if error is not None and memory.is_fatal(error):
+            raise StartError(f"The device failed while loading: {str(error).splitlines()[0]}") from error
         if isinstance(error, (OSError, ValueError, RuntimeError, KeyError)) or (
             error is not None and type(error).__name__ == "SafetensorError"
         ):

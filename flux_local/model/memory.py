@@ -58,7 +58,8 @@ class Sizes:
 
     `blocks`: the matrices that fp8 takes. `modulation`: used once a picture. `rest`: the transformer's others.
     `largest_block`: of those, what is brought at a time. `t5_matrices`: the part of `t5` that fp8 takes. `width`: of a
-    token inside the transformer. `channels`: of the decoder before its last level.
+    token inside the transformer. `channels`: of the decoder before its last level. `transformer_pinned`,
+    `text_pinned`: bytes of host memory that their tensors take where a GPU may copy them by itself.
     """
 
     blocks: int
@@ -71,6 +72,8 @@ class Sizes:
     vae: int
     width: int
     channels: int
+    transformer_pinned: int
+    text_pinned: int
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Sizes:
@@ -93,12 +96,23 @@ class Sizes:
             blocks, modulation, rest, max(by_block.values(), default=0),
             parts["text_encoder_2"].parameters, matrices(parts["text_encoder_2"]), parts["text_encoder"].parameters,
             parts["vae"].parameters, config["num_attention_heads"] * config["attention_head_dim"],
-            checkpoint.config("vae")["block_out_channels"][1],
+            checkpoint.config("vae")["block_out_channels"][1], pinned(parts["transformer"]),
+            pinned(parts["text_encoder_2"]) + pinned(parts["text_encoder"]),
         )  # fmt: skip
 
     @property
     def transformer(self) -> int:
         return self.blocks + self.modulation + self.rest
+
+
+def pinned(part: Part) -> int:
+    """Bytes of all tensors, each in a block of its own."""
+    return sum(pinned_block(WORD * volume(shape)) for shape in part.shapes().values())
+
+
+def pinned_block(nbytes: int) -> int:
+    """What torch's allocator of pinned memory takes: the next power of two (CachingHostAllocator.h)."""
+    return 1 << max(0, nbytes - 1).bit_length()
 
 
 def matrices(part: Part) -> int:
@@ -111,7 +125,8 @@ class Plan:
     """How a model is laid out.
 
     `needed`: bytes on the device, weights and work. `room`: the bytes that are free there; None where nobody counts.
-    `host`: bytes that weights take in host memory. `modulation_on_host`: whether its weights wait there, for lack of
+    `host`: bytes that weights take in host memory, of which what is brought again and again is `pinned` where there is
+    room: that crosses faster, and takes more. `modulation_on_host`: whether its weights wait there, for lack of
     room. `tile_above`: pixels of a canvas from which on decoding goes in tiles. `prepared`: whether the transformer
     was read as `flux-local prepare` left it.
     """
@@ -120,6 +135,7 @@ class Plan:
     needed: int = 0
     room: int | None = None
     host: int = 0
+    pinned: bool = True
     modulation_on_host: bool = False
     tile_above: int | None = None
     prepared: bool = False
@@ -131,7 +147,7 @@ class Plan:
         if self.modulation_on_host and self.tier != "swap":
             said += "; modulation in host memory"
         if self.host:
-            said += f"; {self.host / 1e9:.1f} GB of host memory"
+            said += f"; {self.host / 1e9:.1f} GB of host memory{'' if self.pinned else ', not pinned for lack of it'}"
         if self.tile_above is not None:
             said += f"; decoding in tiles above {self.tile_above / 1e6:.1f} megapixels"
         return said + ("; as prepared" if self.prepared else "")
@@ -144,6 +160,7 @@ def plan(
     tier: Tier | None = None,
     largest: int = 1 << 22,
     emulated: bool = False,
+    host_room: int | None = None,
 ) -> Plan:
     """The best layout that fits.
 
@@ -152,6 +169,7 @@ def plan(
         tier: this one, whether it fits or not.
         largest: pixels of the largest canvas.
         emulated: whether the device has no fp8 products, so that weights rounded to fp8 take as much as before.
+        host_room: bytes of host memory that are free; None where they are not counted.
 
     Raises:
         StartError: nothing fits, or the tier asked for does not give the precisions asked for.
@@ -167,13 +185,21 @@ def plan(
     work = step_work(sizes, largest) + decode_work(sizes, min(largest, SMALLEST_DECODE)) + SPARE
     for candidate in [tier] if tier else tiers:
         ways = [replace(way, needed=way.needed + work, room=room) for way in layouts(sizes, candidate, emulated)]
-        fitting = [way for way in ways if way.needed <= room]
+        fitting = [way for way in ways if way.needed <= room and (host_room is None or way.host <= host_room)]
         if fitting or tier:
             chosen = (fitting or ways[-1:])[0]
             left = max(0, room - chosen.needed)
             decodable = min(largest, SMALLEST_DECODE) + left // decode_work(sizes, TILE_STEP) * TILE_STEP
             return replace(chosen, tile_above=None if decodable >= largest else decodable)
-    least = min(way.needed for candidate in tiers for way in layouts(sizes, candidate, emulated)) + work
+    every = [way for candidate in tiers for way in layouts(sizes, candidate, emulated)]
+    least = min(way.needed for way in every) + work
+    if least <= room and host_room is not None:
+        on_host = min(way.host for way in every if way.needed + work <= room)
+        raise StartError(
+            f"{room / 1e9:.1f} GB are free on the device, so that weights have to wait in host memory; of that "
+            f"{host_room / 1e9:.1f} GB are free and {on_host / 1e9:.1f} GB are needed. Free some memory, or take "
+            "another device with --devices."
+        )
     other = " --precisions both needs less." if precisions == "fp8" else ""
     raise StartError(
         f"{room / 1e9:.1f} GB are free on the device; this model needs {least / 1e9:.1f} GB at least.{other} Free "
@@ -187,6 +213,7 @@ def layouts(sizes: Sizes, tier: Tier, emulated: bool = False) -> list[Plan]:
     rest = vae + WORD * sizes.clip
     t5, t5_fp8 = WORD * sizes.t5, WORD * sizes.t5 - (WORD - 1) * sizes.t5_matrices
     modulation = WORD * sizes.modulation
+    waiting = pinned_block(modulation)
     full = WORD * sizes.transformer
     blocks = (WORD if emulated else 1) * sizes.blocks
     fp8 = blocks + WORD * sizes.rest
@@ -198,14 +225,21 @@ def layouts(sizes: Sizes, tier: Tier, emulated: bool = False) -> list[Plan]:
         case "fp8":
             return [
                 Plan(tier, fp8 + modulation + t5_fp8 + rest),
-                Plan(tier, fp8 + t5_fp8 + rest, host=modulation, modulation_on_host=True),
+                Plan(tier, fp8 + t5_fp8 + rest, host=waiting, modulation_on_host=True),
             ]
         case "swap":
-            text = t5 + WORD * sizes.clip
-            return [Plan(tier, fp8 + vae, host=text + modulation, modulation_on_host=True)]
+            return [
+                Plan(tier, fp8 + vae, host=text + waiting, pinned=how, modulation_on_host=True)
+                for text, how in ((sizes.text_pinned, True), (t5 + WORD * sizes.clip, False))
+            ]
         case "offload":
             # The block at work, the one on its way, and the one that leaves.
-            return [Plan(tier, 3 * WORD * sizes.largest_block + vae, host=full + t5 + WORD * sizes.clip)]
+            needed = 3 * WORD * sizes.largest_block + vae
+            plain = full + t5 + WORD * sizes.clip
+            return [
+                Plan(tier, needed, host=sizes.transformer_pinned + sizes.text_pinned),
+                Plan(tier, needed, host=plain, pinned=False),
+            ]
 
 
 def step_work(sizes: Sizes, largest: int) -> int:
@@ -221,6 +255,11 @@ def decode_work(sizes: Sizes, pixels: int) -> int:
 def room(device: str) -> int | None:
     """Free bytes; None on a CPU."""
     return None if device == "cpu" else int(torch.cuda.mem_get_info(device)[0])
+
+
+def host_room() -> int:
+    """Free bytes of host memory."""
+    return host_memory("MemAvailable")
 
 
 def is_exhausted(error: BaseException) -> bool:
