@@ -136,7 +136,7 @@ def add_setting(command: argparse.ArgumentParser, setting: config.Setting) -> No
 
 
 def add_parameter(command: argparse.ArgumentParser, parameter: Parameter) -> None:
-    default = "none" if parameter.kind == "file" else parameter.default
+    default = "none" if parameter.kind == "file" else parameter.default_in_words()
     flags = ["--" + name.replace("_", "-") for name in (parameter.name, *parameter.aliases)]
     text = f"{parameter.description} ({parameter.values()}; default: {default})"
     command.add_argument(*flags, dest=parameter.name, metavar=parameter.kind.split()[0].upper(),

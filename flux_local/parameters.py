@@ -6,8 +6,9 @@ neither HTTP nor any model.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from flux_local import sizes
 from flux_local.steps import LEVELS
@@ -24,17 +25,21 @@ MAX_TEXT = 512
 MAX_LORAS, MAX_LORA_SCALE = 8, 4.0
 
 
+class Words(str):
+    """A default that is no constant, in words."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One row of the table.
 
-    `default` is for reading: a word or two for what applies when the parameter is not given. `form`: a regular
-    expression for the whole of a string value, for the schema; `sizes` checks it.
+    `default`: what applies when the parameter is not given; `elsewhere`, on some routes. `form`: a regular expression
+    for the whole of a string value, for the schema; `sizes` checks it.
     """
 
     name: str
     kind: Kind
-    default: str
+    default: Any
     handling: str
     description: str
     low: float | None = None
@@ -43,6 +48,16 @@ class Parameter:
     aliases: tuple[str, ...] = ()
     routes: tuple[Route, ...] = ALL_ROUTES
     form: str | None = None
+    elsewhere: tuple[tuple[Route, Any], ...] = ()
+
+    @property
+    def required(self) -> bool:
+        return bool(self.default == "required")
+
+    def default_in_words(self) -> str:
+        """For people."""
+        routes = [f"{route} {value}" for route, value in self.elsewhere if value != ""]
+        return "; ".join([json.dumps(self.default).strip('"').replace("null", "none"), *routes])
 
     def values(self, mark: str = "") -> str:
         """What it may be, for people; each choice between two marks."""
@@ -57,68 +72,69 @@ class Parameter:
 
 
 PARAMETERS: tuple[Parameter, ...] = (
-    Parameter("prompt", "string", "required", "passthrough",
+    Parameter("prompt", "string", Words("required"), "passthrough",
               "What to draw; for variations, empty unless given. What the text encoder cannot read of it is cut, "
               "with the header `x-flux-prompt-truncated`.",
+              high=MAX_PROMPT, elsewhere=(("variations", ""),)),
+    Parameter("prompt_2", "string", Words("`prompt`"), "passthrough",
+              "What T5 reads, where CLIP is to read something else.",
               high=MAX_PROMPT),
-    Parameter("prompt_2", "string", "`prompt`", "passthrough", "What T5 reads, where CLIP is to read something else.",
-              high=MAX_PROMPT),
-    Parameter("max_sequence_length", "integer", "the model's own", "passthrough",
+    Parameter("max_sequence_length", "integer", Words("the model's own"), "passthrough",
               "Tokens that T5 reads; no more than the model's own.", 1, MAX_TEXT),
-    Parameter("model", "string", "the loaded one", "passthrough",
+    Parameter("model", "string", Words("the loaded one"), "passthrough",
               "The loaded model, by its own name, its folder's name or an OpenAI model's name."),
-    Parameter("seed", "integer", "random", "passthrough",
+    Parameter("seed", "integer", Words("random"), "passthrough",
               "Image i of n has seed + i. 0 is a seed. Always reported back.", 0, MAX_SEED),
-    Parameter("size", "string", "none", "converted", "`WxH` in pixels, `W:H`, or `auto`.",
+    Parameter("size", "string", None, "converted", "`WxH` in pixels, `W:H`, or `auto`.",
               form=sizes.SIZE_FORM),
     Parameter("aspect_ratio", "string", "1:1", "converted", "`W:H`; the nearest of the size table is taken.",
               form=sizes.RATIO_FORM),
     Parameter("resolution", "number or string", "1K", "converted",
               "A tier (`0.5K`, `1K`, `4K`) or megapixels (`0.25`, `1`); the nearest the model has is taken.",
               form=sizes.RESOLUTION_FORM),
-    Parameter("megapixels", "number or string", "none", "renamed", "`resolution` in megapixels.",
+    Parameter("megapixels", "number or string", None, "renamed", "`resolution` in megapixels.",
               choices=("0.25", "1")),
-    Parameter("image", "file", "required", "converted", "The picture to start from: PNG, JPEG or WebP.",
+    Parameter("image", "file", Words("required"), "converted", "The picture to start from: PNG, JPEG or WebP.",
               routes=WITH_IMAGE),
-    Parameter("mask", "file", "none", "converted", "PNG with alpha, the image's size; alpha under 128 is repainted.",
+    Parameter("mask", "file", None, "converted", "PNG with alpha, the image's size; alpha under 128 is repainted.",
               routes=("edits",)),
-    Parameter("strength", "number", "0.8; variations 0.6", "passthrough",
+    Parameter("strength", "number", 0.8, "passthrough",
               "0 keeps the image, 1 draws from the prompt alone.", 0, 1,
-              routes=WITH_IMAGE),
-    Parameter("cfg_scale", "number", "the model's own", "renamed",
+              routes=WITH_IMAGE, elsewhere=(("variations", 0.6),)),
+    Parameter("cfg_scale", "number", Words("the model's own"), "renamed",
               "Guidance: how closely to follow the prompt.", 0, 20, aliases=("guidance_scale", "guidance")),
-    Parameter("num_inference_steps", "integer", "the model's own", "passthrough", "Denoising steps.", 1, 100,
+    Parameter("num_inference_steps", "integer", Words("the model's own"), "passthrough", "Denoising steps.", 1, 100,
               aliases=("steps",)),
-    Parameter("n", "integer", "1", "emulated", "Pictures, each with its own seed.", 1, 10),
-    Parameter("negative_prompt", "string", "none", "passthrough",
+    Parameter("n", "integer", 1, "emulated", "Pictures, each with its own seed.", 1, 10),
+    Parameter("negative_prompt", "string", None, "passthrough",
               "What to keep away from; acts with `true_cfg_scale` above 1.", high=MAX_PROMPT),
-    Parameter("true_cfg_scale", "number", "1", "passthrough",
+    Parameter("true_cfg_scale", "number", 1, "passthrough",
               "Real classifier-free guidance, two passes a step.", 1, 20),
-    Parameter("go_fast", "boolean", "the server's setting", "converted", 
+    Parameter("go_fast", "boolean", Words("the server's setting"), "converted", 
               "fp8 weights and matmuls; what ran is in `x-flux-precision`."),
     Parameter("acceleration", "string", "none", "converted",
               "Step caching: how many steps take an extrapolated velocity instead of a computed one.",
               choices=LEVELS),
-    Parameter("enable_safety_checker", "boolean", "the server's policy", "converted",
+    Parameter("enable_safety_checker", "boolean", Words("the server's policy"), "converted",
               "Leave out pictures that the checker flags; `false` only where the server allows it."),
-    Parameter("disable_safety_checker", "boolean", "the server's policy", "converted",
+    Parameter("disable_safety_checker", "boolean", Words("the server's policy"), "converted",
               "The opposite of `enable_safety_checker`."),
-    Parameter("loras", "list", "none", "converted",
+    Parameter("loras", "list", None, "converted",
               "Adapters of the server's own folder, by name: `[{path, scale}]`."),
-    Parameter("lora_weights", "string", "none", "renamed", "One adapter's name.", high=200),
-    Parameter("lora_scale", "number", "1", "renamed", "Its scale.", -MAX_LORA_SCALE, MAX_LORA_SCALE),
+    Parameter("lora_weights", "string", None, "renamed", "One adapter's name.", high=200),
+    Parameter("lora_scale", "number", 1, "renamed", "Its scale.", -MAX_LORA_SCALE, MAX_LORA_SCALE),
     Parameter("response_format", "string", "url", "emulated", "A URL on this server, or the file in the answer.",
               choices=("url", "b64_json")),
     Parameter("output_format", "string", "png", "converted", "The file's format; `jpg` means jpeg.",
               choices=("png", "jpeg", "gif", "webp", "avif", "jpg")),
-    Parameter("output_compression", "integer", "90", "renamed",
+    Parameter("output_compression", "integer", 90, "renamed",
               "Quality of jpeg, webp and avif; wins over `output_quality`.", 0, 100),
-    Parameter("output_quality", "integer", "90", "passthrough", "Quality of jpeg, webp and avif.", 0, 100),
-    Parameter("sync_mode", "boolean", "false", "emulated", "The `url` is a data URI; nothing is stored."),
-    Parameter("stream", "boolean", "false", "emulated", "Server-sent events."),
-    Parameter("partial_images", "integer", "0", "emulated", "Pictures sent while denoising, with `stream`.", 0, 3),
-    Parameter("user", "string", "none", "passthrough", "Kept with the request.", high=1000),
-    Parameter("style", "string", "none", "accepted", "Changes nothing.", choices=("vivid", "natural")),
+    Parameter("output_quality", "integer", 90, "passthrough", "Quality of jpeg, webp and avif.", 0, 100),
+    Parameter("sync_mode", "boolean", False, "emulated", "The `url` is a data URI; nothing is stored."),
+    Parameter("stream", "boolean", False, "emulated", "Server-sent events."),
+    Parameter("partial_images", "integer", 0, "emulated", "Pictures sent while denoising, with `stream`.", 0, 3),
+    Parameter("user", "string", None, "passthrough", "Kept with the request.", high=1000),
+    Parameter("style", "string", None, "accepted", "Changes nothing.", choices=("vivid", "natural")),
     Parameter("quality", "string", "auto", "accepted", "Changes nothing.",
               choices=("auto", "low", "medium", "high", "standard", "hd")),
     Parameter("background", "string", "auto", "accepted", "Pictures are opaque.",
@@ -130,3 +146,10 @@ PARAMETERS: tuple[Parameter, ...] = (
 BY_NAME: dict[str, Parameter] = {
     name: parameter for parameter in PARAMETERS for name in (parameter.name, *parameter.aliases)
 }
+
+
+def default_of(name: str, route: Route = "generations") -> Any:
+    """What applies on a route where the parameter is not given; None where that is no constant."""
+    parameter = BY_NAME[name]
+    value = dict(parameter.elsewhere).get(route, parameter.default)
+    return None if isinstance(value, Words) else value

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from flux_local import sizes
 from flux_local.errors import InvalidValue, MissingParameter, ModelNotFound
-from flux_local.parameters import BY_NAME, MAX_LORA_SCALE, MAX_LORAS, MAX_TEXT, PARAMETERS, Parameter, Route
+from flux_local.parameters import BY_NAME, MAX_LORA_SCALE, MAX_LORAS, MAX_TEXT, PARAMETERS, Parameter, Route, default_of
 from flux_local.sizes import CanvasRange, Size
 from flux_local.steps import Mask, Masks
 
@@ -114,27 +114,29 @@ def generation_params(
         InvalidValue, MissingParameter, ModelNotFound: with the parameter's name in `param`.
     """
     given, ignored = canonical(raw, route)
-    if route == "variations":
-        given = {"prompt": "", "strength": 0.6, **given}
-    if "prompt" not in given:
+
+    def got(name: str) -> Any:
+        return given.get(name, default_of(name, route))
+
+    if got("prompt") is None:
         raise MissingParameter("'prompt' is required. An empty string is allowed.", param="prompt")
     if "model" in given and not model.answers_to(given["model"]):
         raise ModelNotFound(
             f"This server has one model, '{PUBLIC_NAME}' ('{model.name}'). Use that name or leave 'model' out.",
             param="model",
         )
-    true_cfg_scale = float(given.get("true_cfg_scale", 1))
+    true_cfg_scale = float(got("true_cfg_scale"))
     if "negative_prompt" in given and true_cfg_scale == 1:
         ignored.append("negative_prompt")
     delivered = size_of(given, image, max_pixels)
     first = given["seed"] if "seed" in given else random_seed()
-    output_format = given.get("output_format", "png")
-    strength = None if image is None else float(given.get("strength", 0.8))
+    output_format = got("output_format")
+    strength = None if image is None else float(got("strength"))
     count = given.get("num_inference_steps", model.default_steps)
-    level, run = given.get("acceleration", "none"), steps_run(count, strength)
+    level, run = got("acceleration"), steps_run(count, strength)
     return GenerationParams(
-        prompt=given["prompt"],
-        seeds=tuple((first + i) % 2**63 for i in range(given.get("n", 1))),
+        prompt=got("prompt"),
+        seeds=tuple((first + i) % 2**63 for i in range(got("n"))),
         delivered=delivered,
         canvas=sizes.canvas_for(delivered, model.canvas),
         steps=count,
@@ -144,12 +146,12 @@ def generation_params(
         strength=strength,
         response_format=given.get("response_format", response_format),
         output_format="jpeg" if output_format == "jpg" else output_format,
-        output_quality=given.get("output_compression", given.get("output_quality", 90)),
-        sync_mode=given.get("sync_mode", False),
+        output_quality=given.get("output_compression", got("output_quality")),
+        sync_mode=got("sync_mode"),
         quality={"low": "low", "medium": "medium", "standard": "medium"}.get(given.get("quality", ""), "high"),
         user=given.get("user"),
-        stream=given.get("stream", False),
-        partial_images=given.get("partial_images", 0),
+        stream=got("stream"),
+        partial_images=got("partial_images"),
         ignored=tuple(sorted(ignored)),
         go_fast=given.get("go_fast", go_fast),
         acceleration=level,
@@ -198,7 +200,7 @@ def loras_of(given: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
         raise InvalidValue(f"'loras' may name at most {MAX_LORAS} adapters.", param="loras")
     found = [lora_of(entry) for entry in listed]
     if "lora_weights" in given:
-        one = [lora_of({"path": given["lora_weights"], "scale": given.get("lora_scale", 1)})]
+        one = [lora_of({"path": given["lora_weights"], "scale": given.get("lora_scale", default_of("lora_scale"))})]
         if found and found != one:
             raise InvalidValue("'loras' and 'lora_weights' are one parameter with two values; send one.", param="loras")
         found = one

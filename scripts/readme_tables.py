@@ -22,7 +22,9 @@ def parameter_table() -> str:
         note = parameter.description
         if "generations" not in parameter.routes:
             note += f" For {' and '.join(parameter.routes)}."
-        rows.append(f"| {names} | {parameter.values('`')} | {parameter.default} | {parameter.handling} | {note} |")
+        rows.append(
+            f"| {names} | {parameter.values('`')} | {parameter.default_in_words()} | {parameter.handling} | {note} |"
+        )
     return "\n".join(rows)
 
 

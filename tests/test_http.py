@@ -171,7 +171,10 @@ def test_the_second_encoder_reads_its_own_prompt(server: Server) -> None:
     assert PROMPT.startswith(short["revised_prompt"])
     assert short["revised_prompt"] != PROMPT
     own = httpx.get(server.url + "/v1/models/flux.1-krea-dev?schema=true").json()["parameters"]
-    (length,) = (row["default"] for row in own if row["name"] == "max_sequence_length")
+    defaults = {row["name"]: row["default"] for row in own}
+    some = ("n", "go_fast", "strength", "stream", "size", "output_format", "num_inference_steps", "prompt")
+    assert [defaults[name] for name in some] == [1, None, 0.8, False, None, "png", 8, None]
+    length = defaults["max_sequence_length"]
     assert pictures(server.post({**body, "max_sequence_length": length})) == [plain["b64_json"]]
     refused = server.post({**body, "max_sequence_length": length + 1})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_sequence_length")

@@ -9,8 +9,8 @@ import pytest
 
 from flux_local.errors import FluxError, InvalidValue, MissingParameter, ModelNotFound, NotAvailable
 from flux_local.forms import from_form
-from flux_local.parameters import PARAMETERS
-from flux_local.params import OPENAI_NAMES, GenerationParams, ModelInfo, generation_params
+from flux_local.parameters import PARAMETERS, Words, default_of
+from flux_local.params import OPENAI_NAMES, GenerationParams, ModelInfo, check, generation_params
 from flux_local.plan import check_of
 from flux_local.sizes import CanvasRange
 
@@ -170,7 +170,10 @@ def test_every_row_of_the_table_describes_itself() -> None:
     assert len(names) == len(set(names))
     for parameter in PARAMETERS:
         assert parameter.description.endswith(".")
-        assert parameter.default
+        assert parameter.default_in_words()
+        if not isinstance(parameter.default, Words | None) and parameter.kind != "list":
+            assert check(parameter, parameter.name, parameter.default) == parameter.default
+    assert default_of("strength", "variations") != default_of("strength", "edits")
 
 
 def test_errors_of_the_request_never_hold_the_input() -> None:

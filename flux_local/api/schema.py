@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flux_local.parameters import MAX_LORA_SCALE, MAX_LORAS, Parameter, Route
+from flux_local.parameters import MAX_LORA_SCALE, MAX_LORAS, Parameter, Route, default_of
 from flux_local.params import ModelInfo, table_for
 
 ERROR = {
@@ -154,7 +154,7 @@ def property_of(parameter: Parameter, required: bool) -> dict[str, Any]:
         "list": {"type": ["array", "null"], "items": LORA, "maxItems": MAX_LORAS},
     }
     found = kinds.get(parameter.kind) or {"type": [parameter.kind, "null"]}
-    found["description"] = f"{parameter.description} Default: {parameter.default}."
+    found["description"] = f"{parameter.description} Default: {parameter.default_in_words()}."
     if values := parameter.choices:
         found["enum"] = (
             [*values, *map(float, values), None] if parameter.kind == "number or string" else [*values, None]
@@ -173,7 +173,7 @@ def property_of(parameter: Parameter, required: bool) -> dict[str, Any]:
 def object_of(route: Route, model: ModelInfo) -> dict[str, Any]:
     """All parameters of a route, with a model. That two names of one must agree is more than a schema can say."""
     rows = [parameter for parameter in table_for(model) if route in parameter.routes]
-    required = [parameter.name for parameter in rows if parameter.default == "required"]
+    required = [parameter.name for parameter in rows if parameter.required]
     if route == "variations":
         required.remove("prompt")
     return {
@@ -231,8 +231,9 @@ def parameter_list(model: ModelInfo) -> list[dict[str, Any]]:
             "name": row.name,
             "aliases": list(row.aliases),
             "type": row.kind,
-            "required": row.default == "required",
-            "default": own.get(row.name, row.default),
+            "required": row.required,
+            "default": own.get(row.name, default_of(row.name)),
+            "default_in_words": row.default_in_words(),
             "handling": row.handling,
             "modes": list(row.routes),
             "description": row.description,
