@@ -8,21 +8,18 @@ import json
 import logging
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flux_local
-from flux_local import config, params
+from flux_local import config
 from flux_local.download import REPOSITORY
-from flux_local.errors import FluxError, InvalidImage, MissingParameter, SettingsError, StartError
+from flux_local.errors import FluxError, StartError
 from flux_local.model.checkpoint import TOKENIZERS
 from flux_local.parameters import PARAMETERS, Parameter
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-
-    from flux_local.plan import Plan, Source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -303,112 +300,7 @@ ready after {time.monotonic() - began:.1f} s, {engine.weights_bytes / 1e9:.2f} G
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    """Draws in this process, with a bar for the steps; writes the files and prints seeds and times."""
-    from flux_local import weights
+    from flux_local import generate
 
-    settings = settings_from(options)
-    folder = weights.find(settings.model)
-    weights.verify(folder)
-    model = weights.info(folder)
-    output = Path(options.output)
-    if not output.parent.is_dir():
-        raise SettingsError(f"There is no folder {output.parent}. Make it, or give another place with --output.")
-    plan = plan_of(options, output, model, settings)
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from flux_local.engine import begin
-    from flux_local.engine_process import pick_device
-    from flux_local.model.loader import load
-    from flux_local.plan import precision_of
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        loading = bar.add_task(f"loading {model.name}", total=None)
-        pipeline = load(
-            weights.identify(folder), pick_device(settings.device_list()[0]), settings.precisions, settings.reference,
-            settings.tier(), model.canvas.max_area, settings.cache_folder(), settings.fp8_attention,
-        )  # fmt: skip
-        bar.remove_task(loading)
-        if options.go_fast is None:
-            plan = replace(plan, params=replace(plan.params, go_fast=settings.fast_by_default(pipeline.precisions)))
-        precision_of(plan.params, pipeline.precisions)
-        denoiser = pipeline.denoiser_for(plan.params.go_fast)
-        for index, seed in enumerate(plan.params.seeds):
-            began = time.monotonic()
-            pixels = None
-            if not plan.untouched:
-                picture = begin(pipeline, plan.job(str(index), index), pipeline.text.encode)
-                for _ in bar.track(range(picture.steps_left), description=f"seed {seed}"):
-                    denoiser.advance([picture])
-                pixels = pipeline.vae.decode(picture.latents, picture.width, picture.height)
-            file = output if index == 0 else output.with_stem(f"{output.stem}-{index}")
-            try:
-                file.write_bytes(plan.file(index, pixels))
-            except OSError as error:
-                raise SettingsError(
-                    f"Cannot write {file}: {error.strerror}. Give another place with --output."
-                ) from error
-            bar.console.print(
-                f"{file}  {plan.params.delivered}  seed {seed}  {time.monotonic() - began:.2f} s", highlight=False
-            )
+    generate.run(parameters_of(options), options.prompt, Path(options.output), settings_from(options))
     return 0
-
-
-def plan_of(options: argparse.Namespace, output: Path, model: params.ModelInfo, settings: config.Settings) -> Plan:
-    """What the flags of `generate` ask for.
-
-    Raises:
-        RequestError: a value or a file that will not do.
-    """
-    from flux_local import loras
-    from flux_local.forms import from_form
-    from flux_local.plan import Plan
-    from flux_local.sizes import Size
-
-    given = parameters_of(options)
-    source = source_of(given.pop("image", None), given.pop("mask", None))
-    raw = from_form(given)
-    raw |= {"prompt": options.prompt, "output_format": output.suffix.lstrip(".").lower() or "png"}
-    checked = params.generation_params(
-        raw,
-        model,
-        route="edits" if source else "generations",
-        image=Size(*source.image.size) if source else None,
-        go_fast=settings.fast_by_default(),
-        max_pixels=settings.max_pixels,
-    )
-    for name in checked.ignored:
-        print(f"flux-local: --{name.replace('_', '-')} changes nothing here", file=sys.stderr)
-    adapters = loras.find(settings.loras_folder(), checked.loras)
-    return Plan(checked, source, model.name, settings.png_metadata, adapters)
-
-
-def source_of(image: str | None, mask: str | None) -> Source | None:
-    """The picture to start from, and where to repaint it.
-
-    Raises:
-        MissingParameter: a mask without an image. InvalidImage: a file that is not there or cannot be read.
-    """
-    if image is None:
-        if mask is not None:
-            raise MissingParameter("--mask needs --image, the picture to repaint.", param="image")
-        return None
-    from PIL import Image
-
-    from flux_local.decoder import Purpose, decode_own
-    from flux_local.plan import Source
-
-    def read(path: str, purpose: Purpose) -> Image.Image:
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise InvalidImage(f"Cannot read {path}: {error.strerror}.", param=purpose) from error
-        width, height, rows = decode_own(data, purpose)
-        return Image.frombytes("RGB" if purpose == "image" else "L", (width, height), rows)
-
-    picture = read(image, "image")
-    hole = None if mask is None else read(mask, "mask")
-    if hole is not None and hole.size != picture.size:
-        raise InvalidImage("The mask must have the image's size.", param="mask")
-    return Source(picture, hole)

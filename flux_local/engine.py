@@ -155,7 +155,7 @@ class Engine:
         if now <= self.next_deadline:
             return
         for work in [w for w in self.work.values() if w.job.deadline is not None and now > w.job.deadline]:
-            self.fail(work, DeadlineExceeded("The time for this request has passed."))
+            self.end_with(work, DeadlineExceeded("The time for this request has passed."))
         deadlines = [work.job.deadline for work in self.work.values()]
         self.next_deadline = min((d for d in deadlines if d is not None), default=math.inf)
 
@@ -210,12 +210,12 @@ class Engine:
         self.pulse.enter(Phase.BEGIN, (work.job.serial,))
         started = time.monotonic()
         try:
-            work.picture = begin(self.pipeline, work.job, self.prompts)
+            work.picture = begin_picture(self.pipeline, work.job, self.prompts)
         except FluxError as error:
-            self.fail(work, error)
+            self.end_with(work, error)
             return
         except Exception as error:  # the boundary of a request
-            self.failed([work], error)
+            self.after_error([work], error)
             return
         work.begun = time.monotonic()
         work.encode_s = work.begun - started
@@ -230,7 +230,7 @@ class Engine:
             self.pipeline.adapt(batch[0].job.loras, batch[0].job.go_fast)
             self.pipeline.denoiser_for(batch[0].job.go_fast, batch[0].careful).advance(pictures)
         except Exception as error:  # the boundary of a request: whatever the model raises costs its batch only
-            self.failed(batch, error)
+            self.after_error(batch, error)
             return
         seconds = time.monotonic() - started
         self.measure(batch, seconds)
@@ -248,7 +248,7 @@ class Engine:
             elif step in work.partial_steps:
                 self.decode(work, work.picture.estimate(), work.partial_steps.index(step))
 
-    def failed(self, batch: list[Work], error: Exception) -> None:
+    def after_error(self, batch: list[Work], error: Exception) -> None:
         """Out of memory, a batch is tried again in smaller ones, and a picture alone once more; else its jobs fail.
 
         A device that is lost ends the process: its supervisor starts another and places the work anew.
@@ -260,7 +260,7 @@ class Engine:
         if not memory.is_exhausted(error):
             log.error("%d pictures failed", len(batch), exc_info=error)
             for work in batch:
-                self.fail(work, InternalError(f"The model failed ({type(error).__name__}). Try again."))
+                self.end_with(work, InternalError(f"The model failed ({type(error).__name__}). Try again."))
             return
         memory.free()
         canvas = (batch[0].job.width, batch[0].job.height)
@@ -268,7 +268,9 @@ class Engine:
         if len(batch) > 1:
             self.limits[canvas] = max(1, len(batch) // 2)
         elif batch[0].retried:
-            self.fail(batch[0], InternalError("The device has not enough memory for this picture. Ask for a smaller."))
+            self.end_with(
+                batch[0], InternalError("The device has not enough memory for this picture. Ask for a smaller.")
+            )
         else:
             batch[0].retried = True
 
@@ -304,10 +306,10 @@ class Engine:
         except ArithmeticError:
             del self.decoding[first]
             if partial is None:
-                self.decode_failed(work)
+                self.redraw_or_give_up(work)
         except Exception as error:  # the boundary of a request
             del self.decoding[first]
-            self.failed([work], error)
+            self.after_error([work], error)
             if id in self.work and partial is None and work.picture is not None:
                 self.decode(work, work.picture.latents)
 
@@ -332,10 +334,10 @@ class Engine:
             elif decoded[1] is None:
                 self.deliver(self.work[decoded[0]], b"", flagged=True)
 
-    def decode_failed(self, work: Work) -> None:
+    def redraw_or_give_up(self, work: Work) -> None:
         """A picture that is not finite is drawn once more, alone and by plain operations, before it is given up."""
         if work.careful:
-            self.fail(work, GenerationInvalid("The model produced no valid picture for this request."))
+            self.end_with(work, GenerationInvalid("The model produced no valid picture for this request."))
             return
         log.warning("a picture was not finite; drawing it again")
         work.careful, work.picture = True, None
@@ -359,12 +361,12 @@ class Engine:
             )
         )
 
-    def fail(self, work: Work, error: FluxError) -> None:
+    def end_with(self, work: Work, error: FluxError) -> None:
         self.drop(work.job.id)
         self.channel.send(Failed(work.job.id, answer_for(error).code, error.message, error.param))
 
 
-def begin(pipeline: Pipeline, job: Job, encode: Encode) -> Picture:
+def begin_picture(pipeline: Pipeline, job: Job, encode: Encode) -> Picture:
     """The job's picture before its first step.
 
     Raises:

@@ -62,9 +62,9 @@ class GenerationParams:
     ignored: tuple[str, ...]
     go_fast: bool = False
     acceleration: str = "none"
-    mask: Mask = ()
+    computed: Mask = ()
     """Which of the steps that run are computed; empty for all."""
-    mask_origin: str = "none"
+    computed_origin: str = "none"
     loras: tuple[tuple[str, float], ...] = ()
     """Names of adapters, each with its scale."""
     prompt_2: str | None = None
@@ -84,7 +84,7 @@ class GenerationParams:
 
     @property
     def steps_computed(self) -> int:
-        return sum(self.mask) if self.mask else self.steps_run
+        return sum(self.computed) if self.computed else self.steps_run
 
 
 def steps_run(steps: int, strength: float | None) -> int:
@@ -155,12 +155,12 @@ def generation_params(
         ignored=tuple(sorted(ignored)),
         go_fast=given.get("go_fast", go_fast),
         acceleration=level,
-        mask=() if level == "none" or run == 0 else model.masks(level, run),
-        mask_origin=model.masks.origin(level, run),
+        computed=() if level == "none" or run == 0 else model.masks(level, run),
+        computed_origin=model.masks.origin(level, run),
         loras=loras_of(given),
         prompt_2=given.get("prompt_2"),
         max_length=length_of(given, model),
-        check=check_of(given),
+        check=asked_check(given),
     )
 
 
@@ -180,7 +180,7 @@ def length_of(given: Mapping[str, Any], model: ModelInfo) -> int | None:
     return None if length == model.text_length else length
 
 
-def check_of(given: Mapping[str, Any]) -> bool | None:
+def asked_check(given: Mapping[str, Any]) -> bool | None:
     """Either of two opposite names."""
     enabled, disabled = given.get("enable_safety_checker"), given.get("disable_safety_checker")
     if enabled is not None and enabled == disabled:

@@ -12,10 +12,13 @@ from functools import cached_property
 from PIL import Image
 
 from flux_local import images
-from flux_local.errors import NotAvailable
+from flux_local.errors import InvalidImage, NotAvailable
 from flux_local.messages import Job
 from flux_local.params import GenerationParams
 from flux_local.sizes import Size
+
+Decoded = tuple[int, int, bytes]
+"""Width, height and rows of a picture or a mask."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,17 @@ class Source:
 
     image: Image.Image
     mask: Image.Image | None = None
+
+    @classmethod
+    def of(cls, image: Decoded, mask: Decoded | None) -> Source:
+        """Of what the decoder gives.
+
+        Raises:
+            InvalidImage: the mask has another size.
+        """
+        if mask is not None and mask[:2] != image[:2]:
+            raise InvalidImage("The mask must have the image's size.", param="mask")
+        return cls(Image.frombytes("RGB", image[:2], image[2]), mask and Image.frombytes("L", mask[:2], mask[2]))
 
     def at(self, size: Size) -> Source:
         """Both at a size, cropped at the centre where the ratio differs. Computes on pixels."""
@@ -95,7 +109,7 @@ class Plan:
             owner=owner,
             deadline=deadline,
             go_fast=params.go_fast,
-            computed=params.mask,
+            computed=params.computed,
             loras=self.adapters,
             check=self.check,
         )

@@ -7,7 +7,6 @@ import base64
 import concurrent.futures
 import errno
 import io
-import math
 import warnings
 from typing import Any
 
@@ -113,7 +112,6 @@ def test_strength_0_is_the_input_and_takes_no_step(server: Server, drawing: Imag
 def test_steps_run(steps: int, strength: float, run: int, mini: ModelInfo) -> None:
     raw = {"prompt": "", "steps": steps, "strength": strength}
     assert generation_params(raw, mini, route="edits", image=Size(64, 64)).steps_run == run
-    assert run in (math.ceil(steps * strength), math.ceil(steps * strength) - 1)
 
 
 @pytest.mark.parametrize("size", ["192x192", "160x144", "300x200"])

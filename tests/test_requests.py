@@ -128,9 +128,9 @@ def test_a_request_that_was_cancelled_leaves_no_files(tmp_path: Path) -> None:
 
 
 def test_unknown_ids(server: Server) -> None:
-    for id in ("req_" + "0" * 24, "x", "%00", "..", "a" * 3000):
-        assert httpx.get(f"{server.url}/v1/images/requests/{id}").status_code in (200, 404)
-        assert httpx.delete(f"{server.url}/v1/images/requests/{id}").status_code in (404, 405)
+    for id in ("req_" + "0" * 24, "x", "%00", "a" * 3000):
+        assert httpx.get(f"{server.url}/v1/images/requests/{id}").status_code == 404
+        assert httpx.delete(f"{server.url}/v1/images/requests/{id}").status_code == 404
 
 
 def test_entries_belong_to_their_key(tmp_path: Path) -> None:

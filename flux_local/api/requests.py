@@ -286,7 +286,7 @@ def as_run(params: GenerationParams) -> dict[str, Any]:
     found: dict[str, Any] = msgspec.to_builtins(params)
     found["delivered"], found["canvas"] = str(params.delivered), str(params.canvas)
     found["steps_run"], found["steps_computed"] = params.steps_run, params.steps_computed
-    del found["mask"], found["mask_origin"]
+    del found["computed"], found["computed_origin"]
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from PIL import Image
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -18,7 +17,6 @@ from starlette.types import Message, Receive, Scope
 from flux_local.api import bodies
 from flux_local.decoder import SafeDecoder
 from flux_local.errors import (
-    InvalidImage,
     InvalidValue,
     MissingParameter,
     RequestTooLarge,
@@ -55,14 +53,8 @@ async def read(request: Request, decoder: SafeDecoder) -> tuple[dict[str, Any], 
     for name, data in (("image", images[0]), *(("mask", mask) for mask in masks)):
         if len(data) > IMAGE_LIMIT:
             raise RequestTooLarge(f"An image may have at most {IMAGE_LIMIT:,} bytes.", param=name)
-    width, height, rows = await decoder.decode(images[0], "image")
-    image = Image.frombytes("RGB", (width, height), rows)
-    if not masks:
-        return raw, Source(image, None)
-    width, height, rows = await decoder.decode(masks[0], "mask")
-    if (width, height) != image.size:
-        raise InvalidImage("The mask must have the image's size.", param="mask")
-    return raw, Source(image, Image.frombytes("L", (width, height), rows))
+    image = await decoder.decode(images[0], "image")
+    return raw, Source.of(image, await decoder.decode(masks[0], "mask") if masks else None)
 
 
 async def from_multipart(request: Request) -> tuple[dict[str, Any], list[bytes], list[bytes]]:

@@ -132,7 +132,7 @@ class Work:
             "x-flux-attention": self.services.dispatcher.attentions[precision],
         }
         if params.acceleration != "none":
-            headers["x-flux-acceleration"] = params.mask_origin
+            headers["x-flux-acceleration"] = params.computed_origin
         if ignored := [name[:64] for name in params.ignored if name.isascii() and name.isprintable()]:
             headers["x-flux-ignored-params"] = ",".join(ignored)[:1000]
         if any(item["revised_prompt"] != params.prompt_read for item in body["data"]):
