@@ -114,7 +114,13 @@ def export(out: Path, autoencoder: Any, painter: Any) -> None:
         tokenizer_2=painter.tokenizer_2,
         transformer=painter.transformer,
     )
+    for tokenizer in (painter.tokenizer, painter.tokenizer_2):  # how it was called last is none of a model's
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
     pipeline.to("cpu", torch.float16).save_pretrained(out)
+    for path in out.glob("*/config.json"):  # nor where it was begun from
+        config = {name: value for name, value in json.loads(path.read_text()).items() if name != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     info = {"canvas": CANVAS, "defaults": DEFAULTS, "text_length": T5_LENGTH}
     (out / "flux-local.json").write_text(json.dumps(info, indent=2) + "\n")
 

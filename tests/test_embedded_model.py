@@ -63,3 +63,11 @@ def test_it_draws_what_prompts_say(pipeline: Any, mini: ModelInfo, things: int, 
     verdicts = [judge(p, q.scene, q.mentions_size) for p, q in zip(pictures, asked, strict=True)]
     right = {part: share(verdicts, part) for part in bounds}
     assert all(right[part] >= bound for part, bound in bounds.items()), right
+
+
+@pytest.mark.parametrize("steps", [5, 11, 28])
+def test_any_number_of_steps_will_do(pipeline: Any, steps: int) -> None:
+    asked = questions(SAMPLE // 2, 2, 128, 128)
+    pictures = paint(pipeline, [q.prompt for q in asked], 128, 128, steps)
+    right = share([judge(p, q.scene, q.mentions_size) for p, q in zip(pictures, asked, strict=True)], "relation")
+    assert right >= 65, right

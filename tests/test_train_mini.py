@@ -50,6 +50,8 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     run(*warm[:2], "--only-practice", "--out", str(practised), "--work", str(tmp_path / "practice"), "--eager",
         "--scale", "0.0002")  # fmt: skip
     assert (practised / text).read_bytes() == (folder / text).read_bytes()
+    assert "_name_or_path" not in (practised / "vae" / "config.json").read_text()
+    assert (practised / "tokenizer" / "tokenizer.json").read_bytes() == vocabulary
     assert (practised / weights.relative_to(folder)).read_bytes() != first
     output = run("--evaluate", "--brief", "--count", "6", "--canvases", "128x128", "--steps", "2")
     assert "128x128" in output
@@ -141,6 +143,17 @@ def test_a_wrong_drawing_is_mended_to_what_was_asked_where_it_stands(
         ]  # fmt: skip
         for thing, seen in zip(scene.things, picture.things, strict=False):
             assert max(abs(a - b) for a, b in zip(thing.centre, seen.centre, strict=True)) * 128 < 1.2
+
+
+def test_practice_is_at_all_noise_levels() -> None:
+    """At a few alone, the painter would do there what it was practised in, and elsewhere something else."""
+    rng = random.Random(0)
+    found = [practice.noise_levels(rng, 64) for _ in range(200)]
+    for levels in found:
+        assert (levels[0], levels[-1]) == (1.0, 0.0)
+        assert levels == sorted(set(levels), reverse=True)
+        assert practice.DRAWN_IN[0] <= len(levels) - 1 <= practice.DRAWN_IN[1]
+    assert len({round(level, 3) for levels in found for level in levels}) > 400
 
 
 def test_merges_do_not_depend_on_the_order_of_words() -> None:

@@ -321,14 +321,20 @@ def train(
     return cast(Painter, average.module).eval()
 
 
-def worded(scenes: list[Scene], sigma: torch.Tensor, rng: random.Random, world: World) -> list[str]:
-    """A prompt for each scene at its noise level: its own, none, or, where the picture can be told, another's."""
+def worded(
+    scenes: list[Scene], sigma: torch.Tensor, rng: random.Random, world: World, false: float = FALSE_PROMPTS
+) -> list[str]:
+    """A prompt for each scene at its noise level: its own, none, or, where the picture can be told, another's.
+
+    Args:
+        false: share of the latter.
+    """
     prompts = []
     for index, (scene, level) in enumerate(zip(scenes, sigma.tolist(), strict=True)):
         told = min(1.0, max(0.0, (UNTOLD - level) / (UNTOLD - TOLD)))
         if rng.random() < DROPPED_PROMPTS:
             prompts.append("")
-        elif rng.random() < FALSE_PROMPTS * told:
+        elif rng.random() < false * told:
             prompts.append(describe(scenes[index - 1], rng, world).text)
         else:
             prompts.append(describe(scene, rng, world).text)

@@ -5,8 +5,8 @@ off its place as the painter has it (`mended`), and at every step of the way the
 there. Drawings alone never show it its own mistakes, from which it does not find back (DAgger, arXiv 1011.0686); and a
 way that leads straight to one drawing is gone in few steps (reflow, arXiv 2209.03003, section 2.2).
 
-Every other batch is one of the stages before, for pictures that are not its own: edits begin with those. Half of it is
-at guidance 1, which is not practised: there the painter stays what drawings have made it.
+Every other batch is one of the stages before, for pictures that are not its own: edits begin with those. A third of it
+is at guidance 1, which is not practised: there the painter stays what drawings have made it.
 """
 
 from __future__ import annotations
@@ -50,13 +50,15 @@ from .drawings import (
 from .run import Run
 from .vae import CHANNELS, COLOUR_AXES, MEASURED, WANTED
 
-STEPS = 8000
+STEPS = 8500
 BATCH = 48
 RATE = 0.4  # of the peak rates of the stage of drawings
 AVERAGE = 0.998
 CANVASES = (flow.SQUARE, *flow.OTHER_SHAPES)
-DRAWN_IN = (4, 8, 8, 16)  # steps of each batch of drawings that the painter makes at a time
+DRAWN_IN = (4, 20)  # steps of a drawing, any number between: what is practised at a few noise levels acts there alone
+AT_A_TIME = 4  # batches of drawings, each over another canvas
 CROWDED = 0.3  # share of drawings that have as many things as there can be, beside those by chance
+FALSE_PROMPTS = 0.6  # of pictures not its own: in its own the prompt is always right, and would be believed too much
 GUIDANCE = (2.0, 10.0)  # half of the practice is at the usual value, the other half between these
 LOOK_EVERY = 1000
 PEN = 0.25  # pixels by which Pillow draws an outline larger than its polygon
@@ -188,20 +190,33 @@ def mended(
     ]
 
 
+def noise_levels(rng: random.Random, tokens: int) -> list[float]:
+    """Those of a drawing in any number of steps, half of the time with each moved by up to half-way to the next."""
+    exact = SCHEDULE.sigmas(rng.randint(*DRAWN_IN), tokens)
+    if rng.random() < 0.5:
+        return exact
+    moved = exact.copy()
+    for i in range(1, len(exact) - 1):
+        by = rng.uniform(-0.5, 0.5)
+        moved[i] += abs(by) * (exact[i + (1 if by > 0 else -1)] - exact[i])
+    return moved
+
+
 @torch.no_grad()
 def lessons(run: Run, painter: flow.Painter, vae: AutoencoderKL, turn: int) -> list[Lesson]:
-    """From a batch of drawings for each of DRAWN_IN, over the next canvases in turn; in random order."""
+    """From AT_A_TIME batches of drawings, over the next canvases in turn; in random order."""
     rng = random.Random(f"{run.seed} practice {turn}")
     generator = torch.Generator().manual_seed(run.seed * 1_000_003 + 30_000_000 + turn)
     found = []
-    for index, steps in enumerate(DRAWN_IN):
-        canvas = width, height = CANVASES[(turn * len(DRAWN_IN) + index) % len(CANVASES)]
+    for index in range(AT_A_TIME):
+        canvas = width, height = CANVASES[(turn * AT_A_TIME + index) % len(CANVASES)]
         counts = [run.world.most if rng.random() < CROWDED else None for _ in range(BATCH)]
         scenes = [random_scene(rng, width, height, count, run.world) for count in counts]
         wordings = [describe(scene, rng, run.world) for scene in scenes]
         prompts = [wording.text for wording in wordings]
         guidance = values(rng)
-        sigmas = SCHEDULE.sigmas(steps, width * height // 256)
+        sigmas = noise_levels(rng, width * height // 256)
+        steps = len(sigmas) - 1
         x = torch.randn(BATCH, width * height // 256, 64, generator=generator)
         way = []
         for sigma, after in pairwise(sigmas):
@@ -227,14 +242,15 @@ def values(rng: random.Random) -> torch.Tensor:
 
 
 def usual(run: Run, pools: flow.Pools, step: int) -> Lesson:
-    """A batch as in the stages before; half of it at guidance 1."""
+    """A batch of pictures not its own; a third of it at guidance 1."""
     rng = random.Random(f"{run.seed} practice words {step}")
     generator = torch.Generator().manual_seed(run.seed * 1_000_003 + 20_000_000 + step)
     canvas, latents, scenes = pools(step // 2)
     noisy, sigma, wanted = flow.noised(latents, generator)
     guidance = values(rng)
-    guidance[::2] = 1.0
-    return Lesson(canvas, noisy, sigma, flow.worded(scenes, sigma, rng, run.world), guidance, wanted)
+    guidance[::3] = 1.0
+    prompts = flow.worded(scenes, sigma, rng, run.world, FALSE_PROMPTS)
+    return Lesson(canvas, noisy, sigma, prompts, guidance, wanted)
 
 
 def train(
@@ -269,7 +285,7 @@ def train(
     rate = run.one_cycle(steps, warm_up=100)
     pools = flow.Pools(run, vae, CANVASES, BATCH, steps, 20_000_000)
     waiting: list[Lesson] = []
-    turn = start // (2 * sum(DRAWN_IN))
+    turn = start // (AT_A_TIME * sum(DRAWN_IN))
     with run.progress("practice", steps, start) as progress:
         for step in range(start, steps):
             if step % 2 == 0:
