@@ -68,10 +68,10 @@ def train(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("Training plots its losses with matplotlib, which is not here: pip install matplotlib")
 
-    def look(painter: flow.Painter, step: int) -> None:
+    def look(painter: flow.Painter, step: int, name: str = "samples") -> None:
         folder = run.work / "model"
         export(folder, *copy.deepcopy((autoencoder, painter)))
-        sheet(load(folder, "cpu"), run.work / f"samples-{step:06}.png", options.steps, world=run.world)
+        sheet(load(folder, "cpu"), run.work / f"{name}-{step:06}.png", options.steps, world=run.world)
 
     run = Run(options.work, options.seed, torch.device(options.device), WORLDS[options.world])
     if options.begin:
@@ -88,7 +88,7 @@ def train(options: argparse.Namespace) -> None:
         else:
             painter = flow.train(run, autoencoder, **how, look=look, begin=options.begin, keep_text=options.keep_text)
             painter = guidance.train(run, painter, autoencoder, **how)
-        painter = practice.train(run, painter, autoencoder, **how, look=look)
+        painter = practice.train(run, painter, autoencoder, **how, look=partial(look, name="practice"))
     export(options.out, autoencoder, painter)
     print(f"wrote {options.out}")
 

@@ -36,7 +36,7 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     first, vocabulary = weights.read_bytes(), tokenizer.read_bytes()
     assert (work / "losses.png").stat().st_size > 1000
-    assert len(list(work.glob("samples-*.png"))) == 1
+    assert len(list(work.glob("samples-*.png"))) == len(list(work.glob("practice-*.png"))) == 1
     weights.unlink()
     run("--scale", "0.001", "--eager")
     assert weights.read_bytes() == first, "a run that has ended must not train on"
