@@ -199,6 +199,7 @@ def fetch_file(plan: Plan, name: str, path: Path, hub: httpx.Client, report: Rep
     else:
         if file.sha256 is None or size_of(part) > file.size:  # small enough to begin anew, or nobody knows what it is
             part.unlink(missing_ok=True)
+        part.touch()  # an empty file needs no more
         report(name, size_of(part))
         failures = 0
         while size_of(part) < file.size:

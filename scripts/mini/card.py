@@ -39,7 +39,7 @@ sentence leaves open.
 A size that is not mentioned is large. It draws on nine canvases of about 128² pixels, one for each of the size table's
 ratios; larger pictures are enlarged from those. At most {t5} T5 tokens are read. A tenth of all prompts was empty in
 training, so `true_cfg_scale` and `negative_prompt` act. `cfg_scale` 1 is the prompt alone, as drawings have taught it;
-from 2 on the model is as practice has made it: surer of the prompt, less varied.
+from 2 on the model is as practice has made it: less varied, and hardly surer of the prompt.
 
 ## Measured
 

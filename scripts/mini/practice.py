@@ -6,7 +6,7 @@ there. Drawings alone never show it its own mistakes, from which it does not fin
 way that leads straight to one drawing is gone in few steps (reflow, arXiv 2209.03003, section 2.2).
 
 Every other batch is one of the stages before, for pictures that are not its own: edits begin with those. A third of it
-is at guidance 1, which is not practised: there the painter stays what drawings have made it.
+is at guidance 1, which is not practised itself, though what is practised from 2 on reaches there.
 """
 
 from __future__ import annotations
