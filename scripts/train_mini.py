@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-CANVAS = {"min_area": 60 * 256, "max_area": 70 * 256}  # what `flow.PHASES` trains
 DEFAULTS = {"num_inference_steps": 8, "guidance_scale": 4.5}
 VAE_STEPS = 2000
 CANVASES = ["128x128", "176x96", "96x176"]
@@ -121,7 +121,7 @@ def export(out: Path, autoencoder: Any, painter: Any) -> None:
     for path in out.glob("*/config.json"):  # nor where it was begun from
         config = {name: value for name, value in json.loads(path.read_text()).items() if name != "_name_or_path"}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    info = {"canvas": CANVAS, "defaults": DEFAULTS, "text_length": T5_LENGTH}
+    info = {"canvas": asdict(flow.CANVAS), "defaults": DEFAULTS, "text_length": T5_LENGTH}
     (out / "flux-local.json").write_text(json.dumps(info, indent=2) + "\n")
 
 

@@ -171,13 +171,14 @@ class Work:
         return {"url": f"{self.base_url}/v1/images/files/{await self._saved(data)}", **found}
 
     async def _saved(self, data: bytes) -> str:
-        """The name of a new file; none is left if this is cancelled."""
+        """The name of a new file; if this is cancelled, none is left once it has ended."""
         store = self.services.store
         saving = asyncio.ensure_future(asyncio.to_thread(store.save, data, self.params.output_format))
         try:
             name = await asyncio.shield(saving)
         except asyncio.CancelledError:
             saving.add_done_callback(lambda done: None if done.exception() else store.remove(done.result()))
+            await asyncio.wait([saving])
             raise
         self.files.append(name)
         return name

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flux_local.model.latents import pack, position_ids
+from flux_local.sizes import GRID, CanvasRange
 
 from . import reading
 from .drawings import Scene, World, describe, draw, random_scene
@@ -40,9 +41,13 @@ DROPPED_PROMPTS = 0.1  # trained with the empty prompt, so that classifier-free 
 # A picture that can be told is then believed more than the prompt, which is what lets an edit keep a part of it.
 UNTOLD, TOLD, FALSE_PROMPTS = 0.95, 0.85, 0.3
 
-# Of 60 to 70 tokens; each of the size table's eleven ratios is drawn on one of these nine canvases.
+CANVAS = CanvasRange(60 * GRID**2, 70 * GRID**2)
+# Each of the size table's eleven ratios is drawn on the square or on one of the next eight; other sizes, on the others.
 SQUARE = (128, 128)
 OTHER_SHAPES = ((144, 112), (112, 144), (160, 112), (112, 160), (176, 96), (96, 176), (192, 80), (80, 192))
+ALL_SHAPES = tuple(
+    (GRID * columns, GRID * rows) for rows in CANVAS.rows() for columns in CANVAS.columns(rows) if columns != rows
+)
 
 # The shift of the noise levels, as `mu` of FLUX.1's schedule at 64 and at 144 tokens; it grows with the logarithm of
 # the side. More than FLUX.1's own, because flat drawings are decided early: nine tenths of a latent's variance are the

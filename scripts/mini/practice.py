@@ -5,8 +5,10 @@ off its place as the painter has it (`mended`), and at every step of the way the
 there. Drawings alone never show it its own mistakes, from which it does not find back (DAgger, arXiv 1011.0686); and a
 way that leads straight to one drawing is gone in few steps (reflow, arXiv 2209.03003, section 2.2).
 
-Every other batch is one of the stages before, for pictures that are not its own: edits begin with those. A third of it
-is at guidance 1, which is not practised itself, though what is practised from 2 on reaches there.
+A part of the practice begins with a drawing under noise and a prompt that may be another's: there the drawing is right.
+
+Every other batch is one of the stages before. Half of it is at guidance 1, which is not practised, so that a low value
+stays what it is: the prompt less strictly, the pictures more various.
 """
 
 from __future__ import annotations
@@ -54,12 +56,13 @@ STEPS = 8500
 BATCH = 48
 RATE = 0.4  # of the peak rates of the stage of drawings
 AVERAGE = 0.998
-CANVASES = (flow.SQUARE, *flow.OTHER_SHAPES)
+CANVASES = (*2 * (flow.SQUARE, *flow.OTHER_SHAPES), *(c for c in flow.ALL_SHAPES if c not in flow.OTHER_SHAPES))
 DRAWN_IN = (4, 20)  # steps of a drawing, any number between: what is practised at a few noise levels acts there alone
 AT_A_TIME = 4  # batches of drawings, each over another canvas
 CROWDED = 0.3  # share of drawings that have as many things as there can be, beside those by chance
-FALSE_PROMPTS = 0.6  # of pictures not its own: in its own the prompt is always right, and would be believed too much
-GUIDANCE = (2.0, 10.0)  # half of the practice is at the usual value, the other half between these
+EDITS = 0.25  # share of the practice that begins with another's picture under noise, as image to image does
+FALSE_PROMPTS = 0.6  # of those and of the stages before: in its own the prompt is always right, and would be believed
+GUIDANCE = (3.0, 10.0)  # half of the practice is at the usual value, the other half between these
 LOOK_EVERY = 1000
 PEN = 0.25  # pixels by which Pillow draws an outline larger than its polygon
 
@@ -204,7 +207,7 @@ def noise_levels(rng: random.Random, tokens: int) -> list[float]:
 
 @torch.no_grad()
 def lessons(run: Run, painter: flow.Painter, vae: AutoencoderKL, turn: int) -> list[Lesson]:
-    """From AT_A_TIME batches of drawings, over the next canvases in turn; in random order."""
+    """From AT_A_TIME batches of drawings and edits, over the next canvases in turn; in random order."""
     rng = random.Random(f"{run.seed} practice {turn}")
     generator = torch.Generator().manual_seed(run.seed * 1_000_003 + 30_000_000 + turn)
     found = []
@@ -216,17 +219,24 @@ def lessons(run: Run, painter: flow.Painter, vae: AutoencoderKL, turn: int) -> l
         prompts = [wording.text for wording in wordings]
         guidance = values(rng)
         sigmas = noise_levels(rng, width * height // 256)
-        steps = len(sigmas) - 1
         x = torch.randn(BATCH, width * height // 256, 64, generator=generator)
+        told = [at for at, sigma in enumerate(sigmas[:-1]) if sigma < flow.UNTOLD]
+        given = None
+        if told and rng.random() < EDITS:
+            sigmas = sigmas[rng.choice(told) :]
+            given = flow.encoded(run, vae, scenes, *canvas).cpu()
+            x = torch.lerp(given, x, sigmas[0])
+            prompts = flow.worded(scenes, torch.full((BATCH,), sigmas[0]), rng, run.world, FALSE_PROMPTS)
         way = []
         for sigma, after in pairwise(sigmas):
             way.append(x)
             predicted = flow.velocity(run, painter, x, torch.full((BATCH,), sigma), prompts, guidance, *canvas)
             x = x + (after - sigma) * predicted.cpu()
-        right = mended(run, vae, scenes, [wording.mentions_background for wording in wordings], x, *canvas)
-        targets = flow.encoded(run, vae, right, *canvas).cpu()
+        if given is None:
+            right = mended(run, vae, scenes, [wording.mentions_background for wording in wordings], x, *canvas)
+            given = flow.encoded(run, vae, right, *canvas).cpu()
         noisy, levels = torch.cat(way), torch.tensor(sigmas[:-1]).repeat_interleave(BATCH)
-        wanted = (noisy - targets.repeat(steps, 1, 1)) / levels[:, None, None]
+        wanted = (noisy - given.repeat(len(way), 1, 1)) / levels[:, None, None]
         for chosen in torch.randperm(len(noisy), generator=generator).split(BATCH):
             who = (chosen % BATCH).tolist()
             found.append(
@@ -242,13 +252,13 @@ def values(rng: random.Random) -> torch.Tensor:
 
 
 def usual(run: Run, pools: flow.Pools, step: int) -> Lesson:
-    """A batch of pictures not its own; a third of it at guidance 1."""
+    """A batch of pictures not its own; half of it at guidance 1."""
     rng = random.Random(f"{run.seed} practice words {step}")
     generator = torch.Generator().manual_seed(run.seed * 1_000_003 + 20_000_000 + step)
     canvas, latents, scenes = pools(step // 2)
     noisy, sigma, wanted = flow.noised(latents, generator)
     guidance = values(rng)
-    guidance[::3] = 1.0
+    guidance[::2] = 1.0
     prompts = flow.worded(scenes, sigma, rng, run.world, FALSE_PROMPTS)
     return Lesson(canvas, noisy, sigma, prompts, guidance, wanted)
 
