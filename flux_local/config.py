@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from flux_local.errors import SettingsError, WeightsError
+from flux_local.sizes import MAX_PIXELS
 
 PREFIX = "FLUX_LOCAL_"
 NOT_SETTINGS = frozenset({"FLUX_LOCAL_FAULTS"})
@@ -77,7 +78,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     url_lifetime: Annotated[
         int, Meta(ge=60, description="Seconds for which a picture's URL and its request in the history are kept.")
     ] = 86_400
-    max_pixels: Annotated[int, Meta(ge=256, description="Largest picture delivered, in pixels.")] = 2048 * 2048
+    max_pixels: Annotated[int, Meta(ge=256, description="Largest picture delivered, in pixels.")] = MAX_PIXELS
     max_waiting: Annotated[int, Meta(ge=1, description="Pictures that may wait; more are refused with 429.")] = 256
     max_wait: Annotated[
         float, Meta(gt=0, description="Seconds of work that may wait, by measured speed; more is refused with 429.")

@@ -54,12 +54,12 @@ class Limits:
     hold where there are several. `patience`, `max_falls` and `window` as in `Supervisor`.
     """
 
-    pictures: int = 256
-    seconds: float = 600.0
-    share: float = 1.0
-    patience: float = 60.0
-    max_falls: int = 5
-    window: float = 600.0
+    pictures: int
+    seconds: float
+    share: float
+    patience: float
+    max_falls: int
+    window: float
 
 
 @dataclass(eq=False)

@@ -100,7 +100,7 @@ def generation_params(
     image: Size | None = None,
     response_format: Literal["url", "b64_json"] = "url",
     go_fast: bool = False,
-    max_pixels: int = 2048 * 2048,
+    max_pixels: int = sizes.MAX_PIXELS,
     random_seed: Callable[[], int] = lambda: secrets.randbelow(2**32),
 ) -> GenerationParams:
     """Checks a request's values against the table and fills in what was not given.

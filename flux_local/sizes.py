@@ -16,6 +16,8 @@ GRID = 16
 """Pixels that one token covers along a side: the autoencoder's 8, times packing's 2."""
 
 MAX_SIDE = 14142
+MAX_PIXELS = 2048 * 2048
+"""Of a delivered picture, unless the server is set otherwise."""
 CANVAS_RATIO = 4
 """Width to height, or height to width, that a canvas may have at most."""
 
@@ -174,7 +176,7 @@ def delivered_size(
     size: str | None = None,
     aspect_ratio: str | None = None,
     resolution: str | float | None = None,
-    max_pixels: int = 2048 * 2048,
+    max_pixels: int = MAX_PIXELS,
 ) -> Size:
     """The pixels of the answer. `size` as `WxH` wins, then ratio and tier; what is not given is 1:1 at 1K.
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -172,6 +175,42 @@ def test_files_outlive_a_kill(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         name = answer["data"][0]["url"].rpartition("/")[2]
         assert httpx.get(f"{server.url}/v1/images/files/{name}").content == before
+
+
+def test_until_it_is_ready_it_says_so(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with started(tmp_path, "--port", str(port)) as server:
+        server.url = f"http://127.0.0.1:{port}"
+
+        def refused() -> httpx.Response | None:
+            with contextlib.suppress(httpx.ConnectError):
+                return httpx.get(server.url + "/ready", timeout=30)
+            return None
+
+        eventually(lambda: refused() is not None)
+        for answer in (refused(), server.post(QUICK)):
+            assert answer is not None
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+            assert int(answer.headers["retry-after"]) > 0
+        assert httpx.get(server.url + "/health").status_code == 200
+        server.wait_ready()
+        assert server.post(QUICK).status_code == 200
+
+
+def test_urls_of_the_public_address_until_they_expire(tmp_path: Path) -> None:
+    with running(tmp_path, "--public-url", "https://pictures.example/flux/", "--url-lifetime", "60") as server:
+        made, promised = server.post(QUICK).json(), server.post(QUICK, headers={"prefer": "respond-async"})
+        base = "https://pictures.example/flux/v1/images/"
+        assert promised.headers["location"].startswith(base + "requests/req_")
+        assert made["data"][0]["url"].startswith(base + "files/")
+        name = made["data"][0]["url"].rpartition("/")[2]
+        url, file = f"{server.url}/v1/images/files/{name}", tmp_path / "data" / "files" / name
+        assert httpx.get(url).content == file.read_bytes()
+        for age, status in ((50, 200), (61, 404)):
+            os.utime(file, (time.time() - age,) * 2)
+            assert httpx.get(url).status_code == status
 
 
 def test_start_is_quick_and_small(tmp_path: Path) -> None:

@@ -90,6 +90,14 @@ def test_a_picture_that_is_drawn_again_is_told_once(tmp_path: Path) -> None:
     assert [event.get("partial_image_index") for _, event in got] == [0, 1, 2, None]
 
 
+@pytest.mark.slow
+def test_silence_is_kept_alive_by_comments(tmp_path: Path) -> None:
+    with running(tmp_path, FLUX_LOCAL_FAULTS="slow seconds=17 times=1") as server:
+        answer, got = events(server, {**BODY, "steps": 1})
+    assert answer.text.startswith(": generating\n\n: keep-alive\n\nevent: ")
+    assert len(got) == 1
+
+
 def test_fewer_steps_than_partials(server: Server) -> None:
     _, got = events(server, {**BODY, "steps": 2, "partial_images": 3})
     assert [name for name, _ in got] == ["image_generation.partial_image", "image_generation.completed"]
