@@ -8,13 +8,16 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flux_local
 from flux_local import config
+from flux_local.config import BOOLEAN
 from flux_local.download import REPOSITORY
 from flux_local.errors import FluxError, StartError
+from flux_local.forms import NO, YES
 from flux_local.model.checkpoint import TOKENIZERS
 from flux_local.parameters import PARAMETERS, Parameter
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    options = parser().parse_args(argv)
+    options = parser().parse_args(with_values(sys.argv[1:] if argv is None else argv))
     try:
         return int(options.run(options))
     except StartError as error:
@@ -35,6 +38,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def with_values(words: Sequence[str]) -> list[str]:
+    """A flag of yes or no may stand alone and means yes; what follows is its value only if that says yes or no."""
+    flags = {setting.flag for setting in config.describe() if setting.type is bool}
+    flags |= {flag for parameter in PARAMETERS if parameter.kind == "boolean" for flag in flags_of(parameter)}
+    following = [*words[1:], ""]
+    return [
+        f"{word}=true" if word in flags and after.lower() not in (*YES, *NO) else word
+        for word, after in zip(words, following, strict=True)
+    ]
 
 
 class Command(argparse.ArgumentParser):
@@ -48,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="flux-local", description="A local inference server for FLUX.1 Krea [dev], with the OpenAI Images API."
     )
+    root.add_argument("--version", action="version", version=f"flux-local {flux_local.__version__}")
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Command)
 
     serve = commands.add_parser("serve", help="start the server")
@@ -75,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
 
     prepare = commands.add_parser("prepare", help="write the model's fp8 form once, so that starts need not make it")
     prepare.set_defaults(run=run_prepare)
-    add_settings(prepare)
+    for name in ("model", "devices", "cache_dir"):
+        add_setting(prepare, settings[name])
+    add_config_file(prepare)
 
     bench = commands.add_parser("bench", help="measure a server's latency and pictures a second")
     bench.set_defaults(run=run_bench)
@@ -90,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         add_setting(bench, settings[name])
     add_config_file(bench)
     for parameter in PARAMETERS:
-        if parameter.name not in ONLY_SERVED and parameter.kind != "file":
+        if parameter.name not in ONLY_SERVED | NOT_MEASURED:
             add_parameter(bench, parameter)
 
     doctor = commands.add_parser("doctor", help="check everything that a start depends on")
@@ -112,6 +129,8 @@ ONLY_SERVED = frozenset(
      "quality", "background", "moderation", "input_fidelity", "enable_safety_checker", "disable_safety_checker"}
 )  # fmt: skip
 """No flags of `generate`: they speak of an answer over HTTP or of a server's policy, or have another form here."""
+NOT_MEASURED = frozenset({"image", "mask", "strength", "output_compression", "output_quality"})
+"""No flags of `bench`, which asks for plain pictures as PNG."""
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
@@ -127,17 +146,20 @@ def add_config_file(command: argparse.ArgumentParser) -> None:
 
 def add_setting(command: argparse.ArgumentParser, setting: config.Setting) -> None:
     shown = "" if setting.default in ("", None) else f" (default {setting.default})"
-    bare: dict[str, Any] = {"nargs": "?", "const": "true"} if setting.type is bool else {}
-    command.add_argument(setting.flag, dest=setting.name, metavar=setting.metavar, default=None, **bare,
+    command.add_argument(setting.flag, dest=setting.name, metavar=setting.metavar, default=None,
                          help=f"{setting.description}{shown} [{setting.variable}]".replace("%", "%%"))  # fmt: skip
 
 
 def add_parameter(command: argparse.ArgumentParser, parameter: Parameter) -> None:
     default = "none" if parameter.kind == "file" else parameter.default_in_words()
-    flags = ["--" + name.replace("_", "-") for name in (parameter.name, *parameter.aliases)]
     text = f"{parameter.description} ({parameter.values()}; default: {default})"
-    command.add_argument(*flags, dest=parameter.name, metavar=parameter.kind.split()[0].upper(),
+    metavar = BOOLEAN if parameter.kind == "boolean" else parameter.kind.split()[0].upper()
+    command.add_argument(*flags_of(parameter), dest=parameter.name, metavar=metavar,
                          help=text.replace("%", "%%"))  # fmt: skip
+
+
+def flags_of(parameter: Parameter) -> list[str]:
+    return ["--" + name.replace("_", "-") for name in (parameter.name, *parameter.aliases)]
 
 
 def settings_from(options: argparse.Namespace) -> config.Settings:
@@ -223,7 +245,7 @@ def run_prepare(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     path = weights.find(settings.model)
     weights.verify(path)
-    checkpoint, device = weights.identify(path), pick_device(settings.device_list()[0])
+    checkpoint, device = weights.identify(path), pick_device(settings.one_device())
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty(), console=Console(stderr=True)) as bar:

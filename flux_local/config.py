@@ -23,6 +23,8 @@ from flux_local.sizes import MAX_PIXELS
 PREFIX = "FLUX_LOCAL_"
 NOT_SETTINGS = frozenset({"FLUX_LOCAL_FAULTS"})
 SECRET = {"secret": True}
+BOOLEAN = "{true,false}"
+"""A value of yes or no, in a command's help."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,9 +58,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     safety_checker: Annotated[
         Literal["auto", "on", "off"], Meta(description="Look at every picture: 'auto' where the checker's weights are.")
     ] = "auto"
-    safety_model: Annotated[
-        str, Meta(description="Folder of the checker, an image classifier; from the working directory.")
-    ] = "weights/safety"
+    safety_model: Annotated[str, Meta(description="Folder of the checker, an image classifier.")] = "weights/safety"
     safety_labels: Annotated[
         str, Meta(description="Labels of the classifier whose pictures are left out, by commas.")
     ] = "nsfw,unsafe,porn,hentai,nude,explicit"
@@ -116,11 +116,21 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def device_list(self) -> list[str]:
         return [name.strip() for name in self.devices.split(",") if name.strip()] or ["auto"]
 
+    def one_device(self) -> str:
+        """For a command that draws by itself.
+
+        Raises:
+            SettingsError: several are named.
+        """
+        if len(found := self.device_list()) > 1:
+            raise SettingsError("This command uses one device. Name one of them with --devices.")
+        return found[0]
+
     def cache_folder(self) -> Path:
         return Path(self.cache_dir).expanduser()
 
     def loras_folder(self) -> Path:
-        return Path(self.loras_dir).expanduser()
+        return folder_at(self.loras_dir)
 
     def tier(self) -> Literal["both", "full", "fp8", "swap", "offload"] | None:
         """How memory is to be used; None for the best way that fits."""
@@ -132,7 +142,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Raises:
             WeightsError: it is to be on, and is not there.
         """
-        folder = Path(self.safety_model).expanduser()
+        folder = folder_at(self.safety_model)
         is_there = (folder / "config.json").is_file()
         if self.safety_checker == "on" and not is_there:
             raise WeightsError(
@@ -148,6 +158,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             str(self.cache_folder()),
             "--precisions",
             self.precisions,
+            "--sharing",
+            str(len(self.device_list())),
             *(["--reference"] if self.reference else []),
             *(["--fp8-attention"] if self.fp8_attention else []),
         ]
@@ -196,6 +208,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return frozenset(found - {""})
 
 
+def folder_at(path: str) -> Path:
+    """A folder from the working directory, or else, if it is there, from the package's checkout."""
+    here, beside = Path(path).expanduser(), Path(__file__).resolve().parent.parent / path
+    return beside if beside.is_dir() and not here.exists() else here
+
+
 class Setting(typing.NamedTuple):
     """One field of `Settings`, for whoever derives something from it."""
 
@@ -212,6 +230,8 @@ class Setting(typing.NamedTuple):
     @property
     def metavar(self) -> str:
         """What stands for its value in a command's help."""
+        if self.type is bool:
+            return BOOLEAN
         return "{" + ",".join(typing.get_args(self.type)) + "}" if typing.get_origin(self.type) is Literal else "VALUE"
 
     @property

@@ -69,7 +69,9 @@ def of_hashes(settings: Settings) -> str:
     if not recorded:
         return "nothing to compare with: the folder was not made by `flux-local download`"
     if wrong := list(altered(folder)):
-        raise WeightsError(f"{', '.join(wrong)}: not as downloaded. Delete that and run `flux-local download` again.")
+        raise WeightsError(
+            f"{', '.join(wrong)}: not as downloaded. Delete that and run `{weights.download_again(folder)}`."
+        )
     return f"{len(recorded)} files are as they were downloaded"
 
 
@@ -108,7 +110,7 @@ def of_memory(settings: Settings, asked: str) -> str:
     sizes, largest = memory.Sizes.of(weights.identify(path)), weights.info(path).canvas.max_area
     device = pick_device(asked)
     emulated = not has_products(device)
-    room, host_room = memory.room(device), memory.host_room()
+    room, host_room = memory.room(device), memory.host_room(len(settings.device_list()))
     return str(memory.plan(sizes, room, precisions, settings.tier(), largest, emulated, host_room))
 
 

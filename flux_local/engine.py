@@ -1,7 +1,6 @@
-"""The engine process: owns one device, the model on it, and the only thread that touches either.
+"""The engine's loop, on the only thread that touches the device: read messages, decode for a while, take a step.
 
-A turn is: read messages, decode for a while, take a step. Started by `supervisor` as its own program with one inherited
-socket and one shared page, and gone as soon as the other end closes. Knows nothing of HTTP.
+What it is told comes through one socket, and what it is doing stands in one shared page. Knows nothing of HTTP.
 """
 
 from __future__ import annotations

@@ -74,7 +74,9 @@ def pick_device(asked: str) -> str:
     if device is None or device.type not in ("cpu", "cuda"):
         raise SettingsError(f"'{asked}' is no device that can be drawn on. Use 'auto', 'cpu', or a GPU like 'cuda:0'.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise StartError(f"Device '{asked}' asked for, but torch sees no GPU. Use --devices cpu, or mend the driver.")
+        from flux_local.model.device import why_no_gpu
+
+        raise StartError(f"Device '{asked}' asked for, but torch sees {why_no_gpu()}. Mend that, or use --devices cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(f"There is no '{asked}': torch sees {torch.cuda.device_count()} GPUs, from cuda:0 on.")
     return asked
@@ -94,7 +96,7 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
             log.warning("torch sees no GPU: a model of %.0f GB will be very slow on the CPU", checkpoint.nbytes / 1e9)
         pipeline = load(
             checkpoint, device, options.precisions, options.reference, options.memory,
-            info.canvas.max_area, options.cache, options.fp8_attention,
+            info.canvas.max_area, options.cache, options.fp8_attention, options.sharing,
         )  # fmt: skip
         checker = safety_checker(options, device)
         loaded = time.monotonic()
@@ -139,6 +141,7 @@ def main() -> int:
     parser.add_argument("--memory")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--fp8-attention", action="store_true")
+    parser.add_argument("--sharing", type=int, default=1, help="engines on this machine")
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--safety", type=Path)
     parser.add_argument("--safety-labels", default="")

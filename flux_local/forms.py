@@ -10,6 +10,8 @@ from typing import Any
 
 from flux_local.parameters import BY_NAME, Kind
 
+YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
 
 def from_form(fields: Mapping[str, str]) -> dict[str, Any]:
     """Multipart's strings as the values they mean: "true", "1", "0.7". What means nothing stays a string.
@@ -31,9 +33,9 @@ def form_value(kind: Kind, text: str) -> Any:
             return int(text.partition(".")[0])
         case "number" if re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE]-?[0-9]{1,2})?", text):
             return float(text)
-        case "boolean" if text.lower() in ("true", "1", "yes", "on"):
+        case "boolean" if text.lower() in YES:
             return True
-        case "boolean" if text.lower() in ("false", "0", "no", "off"):
+        case "boolean" if text.lower() in NO:
             return False
         case "list":
             with contextlib.suppress(ValueError, RecursionError):

@@ -43,7 +43,7 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
     with Progress(*columns, transient=True) as bar:
         loading = bar.add_task(f"loading {model.name}", total=None)
         pipeline = load(
-            weights.identify(folder), pick_device(settings.device_list()[0]), settings.precisions, settings.reference,
+            weights.identify(folder), pick_device(settings.one_device()), settings.precisions, settings.reference,
             settings.tier(), model.canvas.max_area, settings.cache_folder(), settings.fp8_attention,
         )  # fmt: skip
         bar.remove_task(loading)

@@ -120,7 +120,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("disable_safety_checker", "boolean", Words("the server's policy"), "converted",
               "The opposite of `enable_safety_checker`."),
     Parameter("loras", "list", None, "converted",
-              "Adapters of the server's own folder, by name: `[{path, scale}]`."),
+              "Adapters of the server's own folder, by name: `[{\"path\": \"night\", \"scale\": 0.8}]`."),
     Parameter("lora_weights", "string", None, "renamed", "One adapter's name.", high=200),
     Parameter("lora_scale", "number", 1, "renamed", "Its scale.", -MAX_LORA_SCALE, MAX_LORA_SCALE),
     Parameter("response_format", "string", "url", "emulated", "A URL on this server, or the file in the answer.",

@@ -34,7 +34,8 @@ KEEP_ALIVE_SECONDS = 75
 it is used again."""
 HEAD_SECONDS = 10
 SWEEP_SECONDS = 600
-STEP_OF_SIGNAL = 0.05
+LOOK_EVERY = 0.05
+"""Seconds between looks at whether a drain has come to its end."""
 
 log = logging.getLogger("flux_local.server")
 
@@ -73,9 +74,13 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
     server = Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=DRAIN_SECONDS,
                                    http=Protocol, server_header=False, access_log=False,
                                    timeout_keep_alive=KEEP_ALIVE_SECONDS))  # fmt: skip
-    stopping = asyncio.Event()
+    stopping, hurry = asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        (hurry if stopping.is_set() else stopping).set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        asyncio.get_running_loop().add_signal_handler(number, signalled)
     unfinished = await history.unfinished()
     serving = asyncio.create_task(server.serve([listener]))
     sweeping = asyncio.create_task(sweep(services, requests))
@@ -92,7 +97,7 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
             await first_of(stop, serving, dispatcher.dead)
         starting.cancel()
         dispatcher.draining = True
-        await drain(requests)
+        await drain(requests, hurry)
         if dispatcher.dead.done():
             raise dispatcher.dead.result()
     finally:
@@ -151,14 +156,20 @@ async def first_of(*futures: asyncio.Future[Any]) -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
-async def drain(requests: Requests) -> None:
+async def drain(requests: Requests, hurry: asyncio.Event) -> None:
     """Waits for the requests whose clients wait, at most `DRAIN_SECONDS`; new ones are answered 503 meanwhile.
 
     What was accepted with 202 is left for the next process.
+
+    Args:
+        hurry: once set, nothing is waited for.
     """
     deadline = time.monotonic() + DRAIN_SECONDS
-    while requests.awaited() and time.monotonic() < deadline and not requests.services.dispatcher.dead.done():
-        await asyncio.sleep(STEP_OF_SIGNAL)
+    dead = requests.services.dispatcher.dead
+    if requests.awaited():
+        log.info("stopping: finishing what clients wait for, %d s at most; again to stop at once", DRAIN_SECONDS)
+    while requests.awaited() and time.monotonic() < deadline and not dead.done() and not hurry.is_set():
+        await asyncio.sleep(LOOK_EVERY)
 
 
 async def sweep(services: Services, requests: Requests) -> None:

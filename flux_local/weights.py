@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,11 +96,11 @@ def verify(path: Path) -> None:
     for name, recorded in manifest(path).items():
         file = path / name
         if not file.is_file():
-            raise WeightsError(f"{file} is missing. Run `flux-local download` again.")
+            raise WeightsError(f"{file} is missing. Run `{download_again(path)}`.")
         if file.stat().st_size != recorded.size:
             raise WeightsError(
                 f"{file} has {file.stat().st_size:,} bytes where the hub's has {recorded.size:,}. "
-                "Run `flux-local download` again."
+                f"Run `{download_again(path)}`."
             )
     for index in sorted(path.glob("*/*.safetensors.index.json")):
         try:
@@ -140,7 +141,16 @@ def manifest(folder: Path) -> dict[str, Recorded]:
     try:
         return {name: Recorded(**entry) for name, entry in json.loads(path.read_text())["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is damaged. Run `flux-local download` again.") from error
+        raise WeightsError(
+            f"{path} is damaged. Run `flux-local download REPOSITORY --to {folder}`, with where the model came from."
+        ) from error
+
+
+def download_again(folder: Path) -> str:
+    """The command that brings what a folder with a manifest lacks."""
+    record = json.loads((folder / MANIFEST).read_text())
+    command = ["flux-local", "download", record["repository"], "--revision", record["revision"], "--to", str(folder)]
+    return shlex.join(command)
 
 
 def write_manifest(folder: Path, repository: str, revision: str, files: dict[str, Recorded]) -> None:

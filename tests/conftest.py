@@ -11,6 +11,7 @@ from flux_local.params import ModelInfo
 from tests.servers import MODEL, Server, running
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is first imported
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere; `make gpu-check` is for a GPU
 
 
 @pytest.fixture(scope="session")

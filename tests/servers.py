@@ -61,7 +61,7 @@ class Server:
 def environment(**extra: str) -> dict[str, str]:
     """The process's own, without settings that somebody may have exported."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FLUX_LOCAL_")}
-    return {**kept, "PYTHONUNBUFFERED": "1", **extra}
+    return {**kept, "PYTHONUNBUFFERED": "1", "FLUX_LOCAL_SAFETY_MODEL": "no-checker", **extra}
 
 
 @contextlib.contextmanager

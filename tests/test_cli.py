@@ -38,7 +38,24 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 
 def test_version() -> None:
-    assert flux("version").stdout == f"flux-local {flux_local.__version__}\n"
+    assert flux("version").stdout == flux("--version").stdout == f"flux-local {flux_local.__version__}\n"
+
+
+def test_a_flag_of_yes_or_no_takes_nothing_that_follows(tmp_path: Path) -> None:
+    words = ["--go-fast", "a red circle", "--reference", "false", "--size", "128x128", "--steps", "1", "--png-metadata"]
+    for wrong in (words, [*words[:-1], "--devices", "cpu,cpu"]):
+        assert flux("generate", *wrong, "-o", "a.png", cwd=tmp_path).returncode == 2
+    done = flux("generate", *words[:-1], "-o", "a.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.info["parameters"].startswith("a red circle\n")
+        assert "Precision: fp8" in picture.info["parameters"]
+
+
+def test_commands_offer_what_they_use() -> None:
+    assert "--port" not in flux("prepare", "--help").stdout
+    assert "--strength" not in flux("bench", "--help").stdout
+    assert "--strength" in flux("generate", "--help").stdout
 
 
 def test_generate_writes_the_file_and_prints_seed_and_time(tmp_path: Path) -> None:

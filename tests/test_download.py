@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from flux_local import weights
 from tests.hub import COMMIT, REPOSITORY, STRANGER, TOKEN, Hub, running
 from tests.servers import MODEL, ROOT
 
@@ -45,7 +48,7 @@ def command(hub_url: str, home: Path, *arguments: str | Path, token: str = "") -
 def started(hub_url: str, home: Path, *arguments: str | Path, token: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "flux_local", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, env=environment(hub_url, home, token), stdin=subprocess.DEVNULL,
+        cwd=home, env=environment(hub_url, home, token) | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
@@ -96,6 +99,22 @@ def test_what_is_needed_comes_whole_and_is_remembered(tmp_path: Path) -> None:
     stopped = command("", tmp_path, "serve", "--port", "0", "--model", folder, "--data-dir", tmp_path / "data")
     assert stopped.returncode == 4
     assert "flux-local download" in stopped.stderr
+
+
+def test_the_command_that_a_start_prints_mends_the_folder(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "my models" / "Model-dev", tmp_path / "elsewhere"
+    folder.parent.mkdir()
+    elsewhere.mkdir()
+    with running(embedded()) as hub:
+        assert download(hub, folder).returncode == 0
+        (folder / "vae" / "config.json").unlink()
+        stopped = command("", elsewhere, "serve", "--port", "0", "--model", folder, "--data-dir", tmp_path / "data")
+        assert stopped.returncode == 4
+        printed = re.search("`flux-local (.+)`", stopped.stderr)
+        assert printed
+        assert command(hub.url, elsewhere, *shlex.split(printed[1])).returncode == 0
+    weights.verify(folder)
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_the_tokenizers_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import openai
 import pytest
 from mini.drawings import COLOURS, Scene, Thing, draw
 from mini.judge import look
-from PIL import Image, ImageColor
+from PIL import Image, ImageChops, ImageColor
 
 from flux_local.decoder import SafeDecoder
 from flux_local.errors import InternalError
@@ -93,6 +93,14 @@ def test_strength_is_how_far_it_goes(server: Server, drawing: Image.Image) -> No
     assert away[3] > 50, away
 
 
+def test_a_size_that_is_cropped_from_its_canvas_stays_in_place(server: Server) -> None:
+    source = draw(SCENE, 130, 121)
+    picture = picture_of(edited(server, saved(source), prompt="a large blue circle on a yellow background",
+                                strength="0.1", steps="10"))  # fmt: skip
+    assert picture.size == (130, 121)
+    assert distance(source, picture) < 0.5 * distance(source, ImageChops.offset(picture, 3, 3))
+
+
 def test_strength_1_without_a_mask_is_plain_generation(server: Server, drawing: Image.Image) -> None:
     body = {"prompt": "a red heart", "steps": 4, "seed": 1, "size": "192x192", "response_format": "b64_json"}
     plain = server.post(body).json()["data"][0]["b64_json"]
@@ -114,7 +122,7 @@ def test_steps_run(steps: int, strength: float, run: int, mini: ModelInfo) -> No
     assert generation_params(raw, mini, route="edits", image=Size(64, 64)).steps_run == run
 
 
-@pytest.mark.parametrize("size", ["192x192", "160x144", "300x200"])
+@pytest.mark.parametrize("size", ["128x128", "130x121", "192x192", "300x200"])
 def test_a_mask_keeps_pixels_exactly(server: Server, drawing: Image.Image, mask: Image.Image, size: str) -> None:
     width, height = map(int, size.split("x"))
     source = draw(SCENE, width, height)

@@ -12,6 +12,7 @@ import torch
 
 from flux_local import weights
 from flux_local.errors import StartError
+from flux_local.model import memory
 from flux_local.model.checkpoint import Checkpoint, identify
 from flux_local.model.flux1 import CONFIGS, SCHEDULER
 from flux_local.model.layers import HostLinear, Linear
@@ -125,6 +126,21 @@ def test_precisions_and_memory_choose(krea: Checkpoint) -> None:
     assert plan(sizes, 150 * GB, "both", "swap").tier == "swap"
     assert plan(sizes, 5 * GB, "both", "full").needed > 30 * GB, "what is asked for is tried"
     assert plan(sizes, None, "fp8") == Plan("fp8")
+
+
+def test_a_cpu_needs_memory_for_all_of_it_in_fp32(krea: Checkpoint) -> None:
+    sizes = Sizes.of(krea)
+    found = [plan(sizes, None, host_room=room * GB).tier for room in (128, 104, 96, 70)]
+    assert found == ["both", "both", "full", "full"]
+    assert plan(sizes, None, tier="swap", host_room=GB).tier == "swap", "what is asked for is tried"
+    with pytest.raises(StartError, match=r"On the CPU this model needs 6\d GB of memory; 30 GB are free"):
+        plan(sizes, None, host_room=30 * GB)
+
+
+def test_engines_share_the_memory_of_their_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    memory.MEMINFO.write_text("MemTotal:       64000000 kB\nMemAvailable:   40000000 kB\n")
+    assert [memory.host_room(sharing) // 1_024_000 for sharing in (1, 2, 4)] == [40000, 32000, 16000]
 
 
 def test_without_products_in_fp8_its_weights_are_no_smaller(krea: Checkpoint) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import sqlite3
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def test_accepted_at_once_and_done_later(server: Server) -> None:
     assert answer.status_code == 202
     location = answer.headers["location"]
     assert location == f"{server.url}/v1/images/requests/{answer.json()['id']}"
-    assert answer.json()["status"] == "queued"
+    assert answer.json()["status"] in ("queued", "running")
     assert answer.json()["progress"]["steps"] == 6
     assert answer.headers["x-flux-seed"] == "8,9"
     eventually(lambda: status(location) == "succeeded")
@@ -230,18 +229,17 @@ def test_the_history_has_pages(server: Server) -> None:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "limit")
 
 
-def test_a_client_may_give_the_server_less_time(server: Server) -> None:
-    body = {**BODY, "steps": 80, "size": "192x192"}
-    began = time.monotonic()
-    assert server.post(body, headers={"x-request-timeout": "60"}).status_code == 200
-    half = {"x-request-timeout": f"{0.5 * (time.monotonic() - began):.3f}"}
-    late = server.post(body, headers=half)
-    assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
-    newest = httpx.get(server.url + "/v1/images/requests").json()["data"][0]
-    assert (newest["status"], newest["error"]["code"]) == ("failed", "deadline_exceeded")
-    streamed = server.post({**body, "stream": True}, headers=half)
-    assert streamed.status_code == 200
-    assert "deadline_exceeded" in streamed.text
+def test_a_client_may_give_the_server_less_time(tmp_path: Path, server: Server) -> None:
+    body, little = {**BODY, "steps": 100}, {"x-request-timeout": "1"}
+    with running(tmp_path, FLUX_LOCAL_FAULTS="slow seconds=0.1") as slow:
+        streamed = slow.post({**body, "stream": True}, headers=little)
+        assert streamed.status_code == 200
+        assert "deadline_exceeded" in streamed.text
+        newest = httpx.get(slow.url + "/v1/images/requests").json()["data"][0]
+        assert (newest["status"], newest["error"]["code"]) == ("failed", "deadline_exceeded")
+        late = slow.post(body, headers=little)
+        assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
+    assert server.post(BODY, headers={"x-request-timeout": "60"}).status_code == 200
     for wrong in ("soon", "0", "-1", "1e3", "nan"):
         answer = server.post(BODY, headers={"x-request-timeout": wrong})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "X-Request-Timeout")

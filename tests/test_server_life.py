@@ -166,6 +166,19 @@ def test_a_signal_drains_and_exits_0(tmp_path: Path, number: signal.Signals) -> 
         assert "Traceback" not in server.output
 
 
+def test_a_second_signal_waits_for_nobody(tmp_path: Path) -> None:
+    with running(tmp_path, FLUX_LOCAL_FAULTS="slow seconds=0.5") as server, \
+            concurrent.futures.ThreadPoolExecutor(1) as pool:  # fmt: skip
+        answer = pool.submit(server.post, {**QUICK, "steps": 100})
+        eventually(lambda: httpx.get(server.url + "/v1/images/requests").json()["data"])
+        server.process.send_signal(signal.SIGINT)
+        eventually(lambda: "again to stop at once" in server.output)
+        server.process.send_signal(signal.SIGINT)
+        refused = answer.result()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert server.process.wait(20) == 0
+
+
 def test_files_outlive_a_kill(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         answer = server.post({**QUICK, "seed": 1}).json()

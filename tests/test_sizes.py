@@ -14,7 +14,7 @@ from flux_local.sizes import MAX_SIDE, RATIOS, CanvasRange, Size, canvas_for, cl
 from tests.servers import MODEL
 
 KREA = CanvasRange(100_000, 4_200_000)
-MINI = CanvasRange(128 * 128, 192 * 192)
+SOME = CanvasRange(128 * 128, 192 * 192)
 EMBEDDED = weights.info(MODEL).canvas
 MAX = 2048 * 2048
 
@@ -127,7 +127,7 @@ def test_a_size_inside_the_range_is_rounded_up_and_no_more(width: int, height: i
     assert 0 <= canvas.height - height < 16
 
 
-@given(side, side, st.sampled_from([KREA, MINI, EMBEDDED]))
+@given(side, side, st.sampled_from([KREA, SOME, EMBEDDED]))
 def test_no_canvas_of_the_range_is_nearer_in_ratio_and_area(width: int, height: int, model: CanvasRange) -> None:
     ratio = min(max(width / height, 0.25), 4.0)
     area = min(max(width * height, model.min_area), model.max_area)
@@ -150,14 +150,14 @@ def test_a_range_without_a_canvas_is_none(bounds: tuple[int, int]) -> None:
 @pytest.mark.parametrize("ratio", list(RATIOS))
 def test_the_embedded_models_canvas_keeps_the_ratio(ratio: str) -> None:
     size = RATIOS[ratio]
-    for model, off in ((MINI, 0.12), (EMBEDDED, 0.2)):
+    for model, off in ((SOME, 0.12), (EMBEDDED, 0.2)):
         canvas = canvas_for(size, model)
         assert abs(math.log(canvas.width / canvas.height * size.height / size.width)) < off
         assert canvas.area > 0.7 * model.max_area
 
 
 def test_five_percent_over_the_range_is_still_denoised_as_asked() -> None:
-    assert canvas_for(Size(192, 192), MINI) == (192, 192)
-    assert canvas_for(Size(208, 176), MINI) == (208, 176)
-    assert canvas_for(Size(512, 512), MINI) == (192, 192)
-    assert canvas_for(Size(64, 64), MINI) == (128, 128)
+    assert canvas_for(Size(192, 192), SOME) == (192, 192)
+    assert canvas_for(Size(208, 176), SOME) == (208, 176)
+    assert canvas_for(Size(512, 512), SOME) == (192, 192)
+    assert canvas_for(Size(64, 64), SOME) == (128, 128)

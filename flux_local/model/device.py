@@ -22,7 +22,8 @@ def describe(device: str) -> str:
         StartError: torch cannot compute on it.
     """
     if device == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads; torch {torch.__version__}"
+        seen = "" if torch.cuda.is_available() else f"; {why_no_gpu()}"
+        return f"CPU, {torch.get_num_threads()} threads; torch {torch.__version__}{seen}"
     try:
         free, total = torch.cuda.mem_get_info(device)
         capability = torch.cuda.get_device_capability(device)
@@ -34,7 +35,15 @@ def describe(device: str) -> str:
     return f"{name}, {memory}, {fp8}; driver {driver()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
 
 
+def why_no_gpu() -> str:
+    """Why torch sees none, as far as it can be told."""
+    if torch.version.cuda is None:
+        return "no GPU: this torch is built without CUDA"
+    return f"no GPU: this torch wants a driver for CUDA {torch.version.cuda}, and the driver is {driver()}"
+
+
 def driver() -> str:
+    """Of NVIDIA; `unknown` without its tools, as where there is no card."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]

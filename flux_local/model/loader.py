@@ -144,6 +144,7 @@ def load(
     largest: int = 1 << 22,
     cache: Path | None = None,
     fp8_attention: bool = False,
+    sharing: int = 1,
 ) -> Pipeline:
     """Loads the model onto the device: fp32 on the CPU, bf16 on a GPU.
 
@@ -154,6 +155,7 @@ def load(
         largest: pixels of the largest canvas.
         cache: folder of prepared models; one is used where the transformer is wanted in fp8 alone.
         fp8_attention: attention too, where the blocks are in fp8.
+        sharing: engines that share the host's memory.
 
     Raises:
         WeightsError: a component is missing or cannot be read; the message names it. StartError: it does not fit, or
@@ -168,7 +170,7 @@ def load(
         geometry = Geometry.of(checkpoint.config("transformer"))
         plan = memory.plan(
             memory.Sizes.of(checkpoint), memory.room(device), "full" if reference else precisions, tier, largest,
-            not has_products(device), memory.host_room(),
+            not has_products(device), memory.host_room(sharing),
         )  # fmt: skip
     text = prompt_encoder(checkpoint, device, dtype, plan)
     plain = reference or plan.tier == "offload"

@@ -6,6 +6,8 @@ The plan is arithmetic over the model's sizes, the free memory and what is asked
 from __future__ import annotations
 
 import gc
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -33,6 +35,10 @@ MEETS: dict[Precisions, tuple[Tier, ...]] = {
     "fp8": ("fp8", "swap"),
 }
 """The tiers that serve what is asked for, the best first."""
+
+ON_CPU: tuple[Tier, ...] = ("both", "full", "fp8")
+CPU_WORD = 4
+"""Bytes of a number on a CPU: fp32, and what is rounded to fp8 too."""
 
 MEMINFO = Path("/proc/meminfo")
 WORD = 2
@@ -181,7 +187,7 @@ def plan(
             f"{', '.join(tiers)}."
         )
     if room is None:
-        return Plan(tier or tiers[0], modulation_on_host=tier == "swap")
+        return on_cpu(sizes, [tier] if tier else [each for each in tiers if each in ON_CPU], host_room)
     work = step_work(sizes, largest) + decode_work(sizes, min(largest, SMALLEST_DECODE)) + SPARE
     for candidate in [tier] if tier else tiers:
         ways = [replace(way, needed=way.needed + work, room=room) for way in layouts(sizes, candidate, emulated)]
@@ -204,6 +210,24 @@ def plan(
     raise StartError(
         f"{room / 1e9:.1f} GB are free on the device; this model needs {least / 1e9:.1f} GB at least.{other} Free "
         "some, or take another device with --devices."
+    )
+
+
+def on_cpu(sizes: Sizes, tiers: Sequence[Tier], host_room: int | None) -> Plan:
+    """The first of these that host memory has room for.
+
+    Raises:
+        StartError: none, and there is a choice.
+    """
+    free = math.inf if host_room is None else host_room
+    everything = CPU_WORD * (sizes.transformer + sizes.t5 + sizes.clip + sizes.vae)
+    for tier in tiers:
+        needed = everything + (CPU_WORD * sizes.blocks if tier == "both" else 0)
+        if needed <= free or len(tiers) == 1:
+            return Plan(tier, modulation_on_host=tier == "swap")
+    raise StartError(
+        f"On the CPU this model needs {everything / 1e9:.0f} GB of memory; {free / 1e9:.0f} GB are free. Free some, or "
+        "run it on a GPU: `flux-local doctor` says why torch sees none."
     )
 
 
@@ -257,9 +281,9 @@ def room(device: str) -> int | None:
     return None if device == "cpu" else int(torch.cuda.mem_get_info(device)[0])
 
 
-def host_room() -> int:
-    """Free bytes of host memory."""
-    return host_memory("MemAvailable")
+def host_room(sharing: int = 1) -> int:
+    """Free bytes of host memory, and no more than the share of one of so many engines."""
+    return min(host_memory("MemAvailable"), host_memory("MemTotal") // sharing)
 
 
 def is_exhausted(error: BaseException) -> bool:

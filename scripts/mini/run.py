@@ -1,4 +1,4 @@
-"""What both training stages share: device, precision, checkpoints, learning-rate schedule, progress bar, record.
+"""What all stages of training share: device, precision, checkpoints, learning-rate schedule, progress bar, record.
 
 Knows nothing of what is being trained.
 """
