@@ -13,6 +13,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -189,6 +190,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             if not re.fullmatch(r"https?://[\w.\-\[\]:]+", origin, re.ASCII):
                 raise SettingsError("cors_origins must be origins like https://example.org, separated by commas.")
         return found
+
+    def own_names(self) -> list[str] | None:
+        """Names that a server on loopback is called by, beside `localhost`; None where others reach it, by any name."""
+        public = urlsplit(self.public_url).hostname
+        return ([public] if public else []) if is_loopback(self.host) else None
 
     def keys(self) -> frozenset[str]:
         """All API keys, from both places.

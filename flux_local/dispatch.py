@@ -71,6 +71,8 @@ class Pending:
     steps_left: int
     on_event: OnEvent | None
     engine: Supervisor | None = None
+    begun: bool = False
+    """Whether its engine has told of a step."""
     crashes: int = 0
     outside: int = 0
     """Falls of its engine, with it in hand, from inside and from outside."""
@@ -111,12 +113,18 @@ class Dispatcher:
             for device in devices
         ]  # fmt: skip
         self._running: list[asyncio.Task[None]] = []
+        """The engines' guardians; one that is done has given its engine up."""
         self._serials = itertools.count(1)
 
     @property
     def ready(self) -> Ready | None:
         """An engine that is."""
         return next((engine.ready for engine in self.engines if engine.ready is not None), None)
+
+    @property
+    def _working(self) -> int:
+        """Engines that are not given up."""
+        return max(1, len(self.engines) - sum(task.done() for task in self._running))
 
     async def start(self) -> Ready:
         """Starts the engines and waits until each has drawn its warm-up picture.
@@ -167,8 +175,8 @@ class Dispatcher:
         future: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
         pending = Pending(job, future, job.steps - job.skip, on_event)
         self.pending[job.id] = pending
-        self._place(pending)
         try:
+            self._place(pending)
             return await future
         finally:
             if self.pending.pop(job.id, None) is not None and pending.engine is not None:
@@ -192,20 +200,28 @@ class Dispatcher:
             much waits. NotReady: the engines are still starting. Draining: the server stops. An engine that is being
             replaced refuses nothing: what is admitted meanwhile waits for it.
         """
-        if self.draining:
-            raise Draining("The server is stopping. Send the request to another one, or try again.", retry_after=5)
-        if not self.started:
-            raise NotReady("The model is still loading. Try again in a few seconds.", retry_after=5)
-        alone = work * self.token_seconds * BATCH_GAIN / len(self.engines)
+        self.check_open(owner, pictures, work)
+        alone = work * self.token_seconds * BATCH_GAIN / self._working
         if alone > 2 * seconds:
             raise DeadlineExceeded(
                 f"This would take about {alone:.0f} s, and the time for it is {seconds:g} s. Ask for fewer steps or "
                 "pictures, or give more time in 'X-Request-Timeout'."
             )
+        self.held[request] = Held(owner, pictures, work)
+
+    def check_open(self, owner: str, pictures: int, work: int) -> None:
+        """Whether a request of the owner's would be taken now.
+
+        Raises:
+            Draining, NotReady, RateLimited: as `admit`.
+        """
+        if self.draining:
+            raise Draining("The server is stopping. Send the request to another one, or try again.", retry_after=5)
+        if not self.started:
+            raise NotReady("The model is still loading. Try again in a few seconds.", retry_after=5)
         self._check_room(pictures, work, 1.0, None)
         if self.limits.share < 1:
             self._check_room(pictures, work, self.limits.share, owner)
-        self.held[request] = Held(owner, pictures, work)
 
     def release(self, request: str) -> None:
         self.held.pop(request, None)
@@ -216,8 +232,8 @@ class Dispatcher:
         held = [h for h in self.held.values() if owner in (None, h.owner)]
         waiting = len(jobs) + sum(h.pictures for h in held)
         ahead = sum(map(self._cost, jobs)) + sum(h.work for h in held) * self.token_seconds
-        seconds = ahead / len(self.engines)
-        over = seconds + work * self.token_seconds / len(self.engines) - share * self.limits.seconds
+        seconds = ahead / self._working
+        over = seconds + work * self.token_seconds / self._working - share * self.limits.seconds
         too_many = waiting + pictures - max(1, share * self.limits.pictures)
         # A request that nothing is before is taken however long it is.
         if not waiting or (too_many <= 0 and over <= 0):
@@ -233,7 +249,7 @@ class Dispatcher:
         """Pictures of other requests that came before this one's, and an estimate of the seconds until it is done."""
         ahead, seconds, before = 0, 0.0, 0.0
         for pending in self.pending.values():
-            before += self._cost(pending) / len(self.engines)
+            before += self._cost(pending) / self._working
             if pending.job.id.startswith(request + "-"):
                 seconds = before
             elif seconds == 0:
@@ -243,14 +259,14 @@ class Dispatcher:
     def _cost(self, pending: Pending) -> float:
         """Seconds of one device."""
         job = pending.job
-        computed = job.steps_computed / (job.steps - job.skip)
+        computed = job.steps_computed / max(1, job.steps - job.skip)
         return pending.steps_left * computed * job.tokens * self.token_seconds
 
     def _owes(self, engine: Supervisor) -> bool:
         return any(pending.engine is engine for pending in self.pending.values())
 
     def _place(self, pending: Pending) -> None:
-        """Hands the picture to the ready engine that owes least; if none is ready, it waits for one."""
+        """Hands the picture to the ready engine that owes least, if it is not there; if none is ready, it waits."""
         ready = [engine for engine in self.engines if engine.ready is not None]
         if not ready:
             pending.engine = None
@@ -259,13 +275,22 @@ class Dispatcher:
         for other in self.pending.values():
             if other.engine in owed and other is not pending:
                 owed[other.engine] += self._cost(other)
-        pending.engine = min(ready, key=owed.__getitem__)
+        before, chosen = pending.engine, min(ready, key=owed.__getitem__)
+        if chosen is before:
+            return
+        if before is not None:
+            before.send(Cancel(pending.job.id))
+        pending.engine = chosen
         pending.steps_left = pending.job.steps - pending.job.skip
-        pending.engine.send(pending.job)
+        chosen.send(pending.job)
 
     def _on_ready(self, engine: Supervisor) -> None:
-        for pending in list(self.pending.values()):
+        """Gives the engine what waits for one, and of what others have the later pictures that none has begun."""
+        for pending in self.pending.values():
             if pending.engine is None:
+                self._place(pending)
+        for pending in reversed(self.pending.values()):
+            if not pending.begun:
                 self._place(pending)
 
     def _on_fall(self, engine: Supervisor, fall: Fall) -> None:
@@ -284,7 +309,7 @@ class Dispatcher:
                 if pending.outside >= OUTSIDE_FALLS:
                     self._settle(pending, InternalError("The engine was ended too often. Ask the server's operator."))
                     continue
-            pending.engine = None
+            pending.engine, pending.begun = None, False
             self._place(pending)
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
@@ -322,7 +347,7 @@ class Dispatcher:
         match message:
             case Step() | Partial():
                 if isinstance(message, Step):
-                    pending.steps_left = message.steps - message.step
+                    pending.steps_left, pending.begun = message.steps - message.step, True
                     self.token_seconds += 0.05 * (message.seconds / pending.job.tokens - self.token_seconds)
                 if pending.on_event is not None:
                     try:
@@ -333,7 +358,7 @@ class Dispatcher:
                 self._settle(pending, message)
             case Failed():
                 error = BY_CODE.get(message.code, InternalError)(message.message)
-                error.param = message.param
+                error.param, error.final = message.param, message.final
                 self._settle(pending, error)
 
 

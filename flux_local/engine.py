@@ -268,7 +268,8 @@ class Engine:
             self.limits[canvas] = max(1, len(batch) // 2)
         elif batch[0].retried:
             self.end_with(
-                batch[0], InternalError("The device has not enough memory for this picture. Ask for a smaller.")
+                batch[0],
+                InternalError("The device has not enough memory for this picture. Ask for a smaller.", final=True),
             )
         else:
             batch[0].retried = True
@@ -362,7 +363,7 @@ class Engine:
 
     def end_with(self, work: Work, error: FluxError) -> None:
         self.drop(work.job.id)
-        self.channel.send(Failed(work.job.id, answer_for(error).code, error.message, error.param))
+        self.channel.send(Failed(work.job.id, answer_for(error).code, error.message, error.param, error.final))
 
 
 def begin_picture(pipeline: Pipeline, job: Job, encode: Encode) -> Picture:

@@ -15,13 +15,17 @@ class FluxError(Exception):
         message: one or two sentences for the user.
         param: the request parameter at fault, if it is one.
         retry_after: seconds after which another try makes sense.
+        final: whether the same request would meet it again.
     """
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after: int | None = None, final: bool = False
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.final = final
 
 
 class RequestError(FluxError):

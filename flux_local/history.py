@@ -148,8 +148,12 @@ class History:
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, act, self._connection)
-        except sqlite3.OperationalError as error:
-            raise StorageFull("The server cannot write its request history. Free space on the server.") from error
+        except sqlite3.DatabaseError as error:
+            if type(error) not in (sqlite3.OperationalError, sqlite3.DatabaseError):  # the others are our own mistakes
+                raise
+            raise StorageFull(
+                "The server cannot use its request history. Free space on the server, or start it again."
+            ) from error
 
     async def add(
         self, id: str, owner: str, route: str, params: dict[str, Any], work: bytes | None, status: Status = "queued"
@@ -196,13 +200,14 @@ class History:
         return entry(rows[0])
 
     async def page(self, owner: str, limit: int, after: str | None = None) -> list[Entry]:
-        """The owner's newest requests without their work, newest first; or those that come after the one with this id.
+        """The owner's newest requests, newest first, without their work and without pictures as text; or those after
+        the one with this id.
 
         Raises:
             NotFound: no such request of this owner.
         """
 
-        def select(connection: sqlite3.Connection) -> list[tuple[Any, ...]] | None:
+        def select(connection: sqlite3.Connection) -> list[Entry] | None:
             last = (float("inf"), 0)
             if after is not None:
                 last = connection.execute(
@@ -210,16 +215,17 @@ class History:
                 ).fetchone()
                 if last is None:
                     return None
-            return connection.execute(
+            rows = connection.execute(
                 f"SELECT {SHOWN} FROM requests WHERE owner = ? AND (created, rowid) < (?, ?)"
                 " ORDER BY created DESC, rowid DESC LIMIT ?",
                 (owner, *last, limit),
-            ).fetchall()
+            )
+            return [brief(entry(row)) for row in rows]
 
-        rows = await self._run(select)
-        if rows is None:
+        found = await self._run(select)
+        if found is None:
             raise NotFound("There is no request with the id in 'after', or it has expired.", param="after")
-        return [entry(r) for r in rows]
+        return found
 
     async def unfinished(self) -> list[Entry]:
         """What an earlier process left without a final state, in the order it came."""
@@ -264,6 +270,14 @@ class History:
     def close(self) -> None:
         self._thread.submit(self._connection.close).result()
         self._thread.shutdown()
+
+
+def brief(entry: Entry) -> Entry:
+    """An entry without its pictures' own bytes, of which a page of entries may have gigabytes."""
+    if entry.response is None:
+        return entry
+    data = [{name: value for name, value in item.items() if name != "b64_json"} for item in entry.response["data"]]
+    return msgspec.structs.replace(entry, response={**entry.response, "data": data})
 
 
 def entry(row: tuple[Any, ...]) -> Entry:

@@ -127,12 +127,13 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """`code` is one of `errors.BY_CODE`."""
+    """`code` is one of `errors.BY_CODE`; `final` as in `FluxError`."""
 
     id: str
     code: str
     message: str
     param: str | None = None
+    final: bool = False
 
 
 ToEngine = Job | Cancel

@@ -118,7 +118,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("enable_safety_checker", "boolean", Words("the server's policy"), "converted",
               "Leave out pictures that the checker flags; `false` only where the server allows it."),
     Parameter("disable_safety_checker", "boolean", Words("the server's policy"), "converted",
-              "The opposite of `enable_safety_checker`."),
+              "`true` is `enable_safety_checker` false; `false` leaves it to the server."),
     Parameter("loras", "list", None, "converted",
               "Adapters of the server's own folder, by name: `[{\"path\": \"night\", \"scale\": 0.8}]`."),
     Parameter("lora_weights", "string", None, "renamed", "One adapter's name.", high=200),

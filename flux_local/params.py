@@ -5,6 +5,7 @@ Knows neither HTTP nor the model beyond `ModelInfo`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ from flux_local.parameters import BY_NAME, MAX_LORA_SCALE, MAX_LORAS, MAX_TEXT, 
 from flux_local.sizes import CanvasRange, Size
 from flux_local.steps import Mask, Masks
 
+MANY_NAMES, LONG_NAME = 64, 64
+"""Of names that change nothing: how many are told, and how many characters of each."""
 PUBLIC_NAME = "flux.1-krea-dev"
 OPENAI_NAMES = ("dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2")
 
@@ -89,7 +92,8 @@ class GenerationParams:
 
 def steps_run(steps: int, strength: float | None) -> int:
     """ceil(steps · strength), free of the last digits of binary fractions."""
-    return min(steps, math.ceil(round(steps * (1.0 if strength is None else strength), 9)))
+    strength = 1.0 if strength is None else strength
+    return 0 if strength == 0 else min(steps, max(1, math.ceil(round(steps * strength, 9))))
 
 
 def generation_params(
@@ -152,7 +156,7 @@ def generation_params(
         user=given.get("user"),
         stream=got("stream"),
         partial_images=got("partial_images"),
-        ignored=tuple(sorted(ignored)),
+        ignored=tuple(sorted(ignored)[:MANY_NAMES]),
         go_fast=given.get("go_fast", go_fast),
         acceleration=level,
         computed=() if level == "none" or run == 0 else model.masks(level, run),
@@ -188,9 +192,7 @@ def asked_check(given: Mapping[str, Any]) -> bool | None:
             "'enable_safety_checker' and 'disable_safety_checker' contradict each other; send one.",
             param="disable_safety_checker",
         )
-    if disabled is not None:
-        return not disabled
-    return enabled
+    return False if disabled else enabled
 
 
 def loras_of(given: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
@@ -258,7 +260,7 @@ def canonical(raw: Mapping[str, Any], route: Route) -> tuple[dict[str, Any], lis
             continue
         parameter = BY_NAME.get(name)
         if parameter is None or route not in parameter.routes:
-            ignored.append(name)
+            ignored.append(name[:LONG_NAME])
             continue
         checked = check(parameter, name, value)
         if parameter.name in given and given[parameter.name] != checked:
@@ -271,7 +273,10 @@ def canonical(raw: Mapping[str, Any], route: Route) -> tuple[dict[str, Any], lis
 def check(parameter: Parameter, name: str, value: Any) -> Any:
     """The value, if it is of the parameter's type and inside its range."""
     value = typed(parameter, name, value)
-    shown = f"{value:g}" if parameter.kind == "number or string" and not isinstance(value, str) else str(value)
+    shown = str(value)
+    if parameter.kind == "number or string":
+        with contextlib.suppress(ValueError):
+            shown = f"{float(value):g}"
     if parameter.choices and shown not in parameter.choices:
         allowed = ", ".join(parameter.choices)
         raise InvalidValue(f"'{name}' must be one of: {allowed}.", param=name)

@@ -81,7 +81,7 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signalled)
-    unfinished = await history.unfinished()
+    promised = await requests.left_behind()
     serving = asyncio.create_task(server.serve([listener]))
     sweeping = asyncio.create_task(sweep(services, requests))
     try:
@@ -92,8 +92,8 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             announce(f"http://{shown}:{port}", model.name, starting.result())
-            await requests.resume(unfinished)
-            del unfinished  # megabytes, where edits were among them
+            await requests.resume(promised)
+            del promised  # megabytes, where edits were among them
             await first_of(stop, serving, dispatcher.dead)
         starting.cancel()
         dispatcher.draining = True

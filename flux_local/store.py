@@ -30,7 +30,10 @@ class Store:
         self.files = folder / "files"
         self.lifetime = lifetime
         try:
+            is_new = not folder.exists()
             self.files.mkdir(parents=True, exist_ok=True)
+            if is_new:  # prompts and pictures are nobody else's on this machine
+                folder.chmod(0o700)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise SettingsError(f"Cannot write to the data directory {folder}: {error.strerror}.") from error

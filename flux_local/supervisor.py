@@ -87,6 +87,7 @@ class Supervisor:
         self._writer: asyncio.StreamWriter | None = None
         self._pulse: Pulse | None = None
         self._hung = False
+        self._load_seconds = 0.0
 
     async def run(self, started: asyncio.Future[Ready]) -> None:
         """Until cancelled, or until the engine is given up.
@@ -170,11 +171,12 @@ class Supervisor:
         """
         now = time.monotonic()
         self._falls.append(now)
-        while now - self._falls[0] > self.window:
+        window = max(self.window, 2 * self.max_falls * self._load_seconds)
+        while now - self._falls[0] > window:
             self._falls.popleft()
         if len(self._falls) >= self.max_falls:
             raise EngineDead(
-                f"The engine on {self.device} fell {len(self._falls)} times in {self.window:.0f} s and is given up. "
+                f"The engine on {self.device} fell {len(self._falls)} times in {window:.0f} s and is given up. "
                 "The log above says how; start the server again once that is mended."
             )
         if len(self._falls) > 1:
@@ -190,6 +192,7 @@ class Supervisor:
             reader = await self._spawn()
         except OSError as error:
             raise StartError(f"The engine process cannot be started: {error.strerror or error}.") from error
+        began = time.monotonic()
         try:
             async with asyncio.timeout(LOAD_LIMIT):
                 message = await self._receive(reader)
@@ -197,6 +200,8 @@ class Supervisor:
             raise StartError("The engine process ended while loading. Its last words are above.") from None
         except TimeoutError:
             raise StartError("The engine process did not finish loading.") from None
+        finally:
+            self._load_seconds = time.monotonic() - began
         if isinstance(message, StartFailed):
             failed = StartError(message.message)
             failed.exit_code = message.exit_code

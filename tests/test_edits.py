@@ -108,6 +108,36 @@ def test_strength_1_without_a_mask_is_plain_generation(server: Server, drawing: 
     assert answer.json()["data"][0]["b64_json"] == plain
 
 
+def test_the_smallest_strength_is_a_step(server: Server, drawing: Image.Image) -> None:
+    answer = edited(server, saved(drawing), strength=str(0.1 + 0.2 - 0.3), steps="10")
+    assert distance(picture_of(answer), drawing) > 0
+
+
+def test_what_a_browser_sends_of_an_empty_field_is_no_mask(server: Server, drawing: Image.Image) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="'
+    form = part + b'mask"; filename=""\r\nContent-Type: application/octet-stream\r\n\r\n\r\n'
+    form += part + b'prompt"\r\n\r\nx\r\n' + part + b'steps"\r\n\r\n1\r\n'
+    form += part + b'image"; filename="a.png"\r\n\r\n' + saved(drawing) + b"\r\n--x--\r\n"
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    assert httpx.post(server.url + EDITS, content=form, headers=kind).status_code == 200
+
+
+def test_only_pictures_may_be_large(server: Server) -> None:
+    noise = Image.effect_noise((1100, 1100), 90).convert("RGB")
+    url = "data:image/png;base64," + base64.b64encode(saved(noise)).decode()
+    assert len(url) > 1_000_000
+    small = {"prompt": "x", "steps": 1, "size": "64x64"}
+    for image in ({"image": url}, {"images": [{"image_url": url}]}):
+        assert server.post({**small, **image}, EDITS).status_code == 200
+    fields = {"prompt": "x", "steps": "1", "size": "64x64"}
+    assert httpx.post(server.url + EDITS, data={**fields, "image": url}, files={"x": b"x"}).status_code == 200
+    for answer in (
+        server.post({**small, "image": url, "notes": [[]] * 500_000}, EDITS),
+        httpx.post(server.url + EDITS, data={**fields, "notes": "n" * 1_000_001}, files={"image": saved(noise)}),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
 def test_strength_0_is_the_input_and_takes_no_step(server: Server, drawing: Image.Image) -> None:
     answer = edited(server, saved(drawing), strength="0")
     assert distance(picture_of(answer), drawing) == 0
@@ -115,7 +145,8 @@ def test_strength_0_is_the_input_and_takes_no_step(server: Server, drawing: Imag
 
 
 @pytest.mark.parametrize(
-    ("steps", "strength", "run"), [(10, 0.7, 7), (28, 0.25, 7), (28, 0.8, 23), (10, 0.01, 1), (3, 0.999, 3), (5, 0, 0)]
+    ("steps", "strength", "run"),
+    [(10, 0.7, 7), (28, 0.25, 7), (28, 0.8, 23), (10, 0.01, 1), (3, 0.999, 3), (5, 0, 0), (10, 0.1 + 0.2 - 0.3, 1)],
 )
 def test_steps_run(steps: int, strength: float, run: int, mini: ModelInfo) -> None:
     raw = {"prompt": "", "steps": steps, "strength": strength}

@@ -209,6 +209,7 @@ def test_out_of_memory_splits_the_batch_and_the_engine_lives(tmp_path: Path) -> 
         huge = server.post({**PICTURE, "prompt": "huge"})
         assert (huge.status_code, huge.json()["error"]["code"]) == (500, "internal_error")
         assert "memory" in huge.json()["error"]["message"]
+        assert huge.headers["x-should-retry"] == "false"
         assert server.engine().pid == engine
 
 

@@ -85,9 +85,15 @@ def test_bad_values_name_the_parameter(name: str, value: Any) -> None:
     assert len(caught.value.message) < 200
 
 
+def test_names_that_change_nothing_are_told_in_short() -> None:
+    many = {f"{i:03} {'x' * 1000}": i for i in range(100)}
+    assert parse(**many).ignored == tuple(name[:64] for name in list(many)[:64])
+
+
 @pytest.mark.parametrize(
     ("given", "check"),
     [({}, None), ({"enable_safety_checker": True}, True), ({"disable_safety_checker": True}, False),
+     ({"disable_safety_checker": False}, None),
      ({"enable_safety_checker": False, "disable_safety_checker": True}, False)],
 )  # fmt: skip
 def test_the_safety_checker_by_two_opposite_names(given: dict[str, bool], check: bool | None) -> None:
@@ -124,7 +130,7 @@ def test_two_names_with_one_value_agree_and_with_two_do_not() -> None:
 
 
 def test_megapixels_is_resolution() -> None:
-    assert parse(megapixels="0.25").delivered == (512, 512)
+    assert parse(megapixels="0.25").delivered == parse(megapixels="0.250").delivered == (512, 512)
     assert parse(megapixels=0.25, resolution="0.5K").delivered == (512, 512)
     with pytest.raises(InvalidValue):
         parse(megapixels=1, resolution="0.5K")

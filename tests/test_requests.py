@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
+import socket
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.servers import Server, eventually, pictures, running
+from tests.servers import MODEL, Server, eventually, pictures, running, started
 
 ASYNC = {"prefer": "respond-async"}
 BODY: dict[str, Any] = {"prompt": "a small green heart on white", "size": "128x128", "steps": 3, "seed": 8}
@@ -71,6 +73,58 @@ def test_plain_requests_are_in_the_history_without_their_bytes(server: Server) -
     listed = httpx.get(server.url + "/v1/images/requests").json()
     assert listed["object"] == "list"
     assert listed["data"][0] == entry
+
+
+def test_a_page_of_the_history_is_without_pictures(server: Server) -> None:
+    location = server.post({**BODY, "response_format": "b64_json"}, headers=ASYNC).headers["location"]
+    eventually(lambda: status(location) == "succeeded")
+    one, (listed, *_) = httpx.get(location).json(), httpx.get(server.url + "/v1/images/requests").json()["data"]
+    assert one["response"]["data"][0].pop("b64_json")
+    assert listed == one
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_what_is_deleted_while_the_model_loads_is_not_drawn(tmp_path: Path) -> None:
+    with running(tmp_path, FLUX_LOCAL_FAULTS="slow seconds=1") as server:
+        promised = [server.post(BODY, headers=ASYNC).json()["id"] for _ in range(2)]
+        server.process.kill()
+        server.process.wait()
+    port = free_port()
+    with started(tmp_path, "--port", str(port)) as server:
+        server.url = f"http://127.0.0.1:{port}"
+        url = server.url + "/v1/images/requests/"
+
+        def deleted() -> bool:
+            with contextlib.suppress(httpx.ConnectError):
+                return httpx.delete(url + promised[0], timeout=30).status_code == 200
+            return False
+
+        eventually(deleted)
+        assert httpx.get(server.url + "/ready").status_code == 503
+        server.wait_ready()
+        eventually(lambda: status(url + promised[1]) == "succeeded")
+        (left,) = httpx.get(url.rstrip("/")).json()["data"]
+        assert left["id"] == promised[1]
+        assert len(list((tmp_path / "data" / "files").iterdir())) == 1
+
+
+def test_a_promise_is_for_the_model_that_it_was_made_with(tmp_path: Path) -> None:
+    with running(tmp_path, FLUX_LOCAL_FAULTS="slow seconds=1") as server:
+        promised = server.post(BODY, headers=ASYNC).json()["id"]
+        server.process.kill()
+        server.process.wait()
+    other = tmp_path / "another-model"
+    other.symlink_to(MODEL)
+    with running(tmp_path, "--model", str(other)) as server:
+        entry = httpx.get(f"{server.url}/v1/images/requests/{promised}").json()
+        assert entry["status"] == "failed"
+        assert "another model" in entry["error"]["message"]
 
 
 def test_sync_mode_leaves_no_trace(server: Server) -> None:

@@ -140,6 +140,33 @@ def test_browsers_of_named_origins_only(tmp_path: Path, server: Server) -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
+def test_without_keys_it_is_for_its_own_machine(tmp_path: Path, server: Server) -> None:
+    """A page whose name was made to lead here is of its own origin to a browser; a form may come from any page."""
+    url, own = server.url + "/v1/models", server.url.removeprefix("http://")
+    port = own.rpartition(":")[2]
+    for host in (own, "localhost", f"localhost:{port}", "[::1]:80", "app.localhost"):
+        assert httpx.get(url, headers={"host": host}).status_code == 200, host
+    for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example"):
+        assert httpx.get(url, headers={"host": host}).status_code == 400, host
+        assert httpx.get(server.url + "/health", headers={"host": host}).status_code == 200
+    for origin, status in ((server.url, 200), ("https://evil.example", 400), ("null", 400)):
+        assert server.post(QUICK, headers={"origin": origin}).status_code == status, origin
+    with running(tmp_path, "--public-url", "https://pictures.example/flux") as named:
+        headers = {"host": "pictures.example", "origin": "https://pictures.example"}
+        assert named.post(QUICK, headers=headers).status_code == 200
+        assert named.post(QUICK, headers={"origin": "https://pictures.example"}).status_code == 200
+        assert httpx.get(named.url + "/v1/models", headers={"host": "evil.example"}).status_code == 400
+    with running(tmp_path, "--host", "0.0.0.0", "--allow-anonymous") as anybodys:
+        reached = anybodys.url.replace("0.0.0.0", "127.0.0.1") + "/v1/models"
+        assert httpx.get(reached, headers={"host": "gpu-box"}).status_code == 200
+        assert httpx.get(reached, headers={"host": "gpu-box", "origin": "http://evil.example"}).status_code == 400
+
+
+def test_the_data_directory_is_nobody_elses(tmp_path: Path) -> None:
+    with running(tmp_path):
+        assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
+
+
 def test_the_engine_dies_with_its_server(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         engine = server.engine()
@@ -203,7 +230,7 @@ def test_until_it_is_ready_it_says_so(tmp_path: Path) -> None:
             return None
 
         eventually(lambda: refused() is not None)
-        for answer in (refused(), server.post(QUICK)):
+        for answer in (refused(), server.post(QUICK), server.post("not even read", "/v1/images/edits")):
             assert answer is not None
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
             assert int(answer.headers["retry-after"]) > 0

@@ -62,7 +62,7 @@ async def on_flux_error(_: Request, error: Exception) -> Response:
     answer = answer_for(error)
     message = error.message if answer.code != "internal_error" or isinstance(error, InternalError) else GENERIC
     response = error_response(answer, message, error.param, error.retry_after)
-    if isinstance(error, NO_RETRY) and not isinstance(error, TryLater):
+    if error.final or (isinstance(error, NO_RETRY) and not isinstance(error, TryLater)):
         response.headers["x-should-retry"] = "false"
     return response
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import flux_local
 from flux_local.api import answers
-from flux_local.api.auth import KeyGate
+from flux_local.api.auth import KeyGate, OwnGate
 from flux_local.api.requests import Requests
 from flux_local.api.routes import later_routes, probes, router
 from flux_local.api.work import Services
@@ -43,7 +43,11 @@ def create_app(services: Services, requests: Requests) -> ASGIApp:
     for prefix in PREFIXES:
         app.include_router(router(services, requests), prefix=prefix, include_in_schema=prefix == "/v1")
     add_docs(app)
-    gated: ASGIApp = KeyGate(HeadAsGet(app), services.settings.keys())
+    gated: ASGIApp = HeadAsGet(app)
+    if keys := services.settings.keys():
+        gated = KeyGate(gated, keys)
+    else:
+        gated = OwnGate(gated, services.settings.origins(), services.settings.own_names())
     if origins := services.settings.origins():
         gated = CORSMiddleware(gated, allow_origins=origins, allow_methods=["*"], allow_headers=["*"],
                                expose_headers=EXPOSED)  # fmt: skip

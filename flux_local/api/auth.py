@@ -1,16 +1,22 @@
-"""Who may call: every path is closed without a key, but those on a short list. Plain ASGI, on the raw path."""
+"""Who may call: with keys, nobody without one, but for a short list of paths; without keys, this machine's own.
+
+Plain ASGI, on the raw path.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
+import ipaddress
 import re
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flux_local.api.answers import error_response
-from flux_local.errors import InvalidApiKey, answer_for
+from flux_local.errors import InvalidApiKey, InvalidValue, answer_for
 
 OPEN = frozenset({b"/health", b"/ready"})
 FILE = re.compile(rb"(/openai)?(/v1)?/images/files/[A-Za-z0-9_-]{32}\.[a-z]{3,4}")
@@ -18,14 +24,14 @@ FILE = re.compile(rb"(/openai)?(/v1)?/images/files/[A-Za-z0-9_-]{32}\.[a-z]{3,4}
 
 
 class KeyGate:
-    """ASGI middleware that answers 401 unless the request has a known bearer key. Without keys it lets all pass."""
+    """ASGI middleware that answers 401 unless the request has a known bearer key."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self.app = app
         self.digests = [digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self.digests or self.is_open(scope):
+        if scope["type"] != "http" or self.is_open(scope):
             await self.app(scope, receive, send)
             return
         if (owner := self.owner(scope)) is not None:
@@ -37,7 +43,7 @@ class KeyGate:
         await response(scope, receive, send)
 
     def is_open(self, scope: Scope) -> bool:
-        path = scope.get("raw_path") or scope["path"].encode()
+        path = path_of(scope)
         return path in OPEN or (scope["method"] in ("GET", "HEAD") and FILE.fullmatch(path) is not None)
 
     def owner(self, scope: Scope) -> str | None:
@@ -52,6 +58,67 @@ class KeyGate:
         # All of them, every time: the time taken says nothing about which key was near.
         known = sum(hmac.compare_digest(offered, digest) for digest in self.digests) > 0
         return offered.hex() if known else None
+
+
+class OwnGate:
+    """ASGI middleware for a server without keys: web pages of others may not call it.
+
+    A browser lets any page send a form anywhere, and has a page whose name leads here (DNS rebinding) read the answer
+    too. The first shows in `Origin`, the second in `Host`.
+
+    Args:
+        origins: of the pages that may call, beside the server's own.
+        hosts: names that the server has, beside addresses and `localhost`; None where it may have any.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Iterable[str], hosts: Iterable[str] | None) -> None:
+        self.app = app
+        self.origins = frozenset(origins)
+        self.hosts = None if hosts is None else frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and path_of(scope) not in OPEN and (refusal := self.refusal(scope)):
+            error = InvalidValue(refusal)
+            await error_response(answer_for(error), error.message)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def refusal(self, scope: Scope) -> str | None:
+        """What is wrong with the request, and what its sender or the operator can do."""
+        sent = {name: value.decode("latin-1").lower() for name, value in scope["headers"]}
+        host, origin = sent.get(b"host", ""), sent.get(b"origin")
+        if self.hosts is not None and not is_local(name_in(f"//{host}")) and name_in(f"//{host}") not in self.hosts:
+            return (
+                "This server has no API keys and is for its own machine: call it as 127.0.0.1 or localhost. Its "
+                "operator can give it keys, or tell it its name with --public-url."
+            )
+        if origin is None or origin in self.origins or origin.partition("://")[2] == host:
+            return None
+        if self.hosts is not None and name_in(origin) in self.hosts:
+            return None
+        return "Web pages of another origin may not call this server. Its operator can allow one with --cors-origins."
+
+
+def path_of(scope: Scope) -> bytes:
+    path: bytes = scope.get("raw_path") or scope["path"].encode()
+    return path
+
+
+def name_in(url: str) -> str | None:
+    """The host that a URL names, without its port."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(url).hostname
+    return None
+
+
+def is_local(name: str | None) -> bool:
+    """Whether a name is an address, or one that cannot be made to lead elsewhere; a client may also give none."""
+    if name is None or name == "localhost" or name.endswith(".localhost"):
+        return True
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return False
 
 
 def digest(key: bytes) -> bytes:

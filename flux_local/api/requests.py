@@ -18,7 +18,7 @@ from PIL import Image
 
 from flux_local.api.answers import error_body
 from flux_local.api.work import OnEvent, OnPicture, Services, Work
-from flux_local.errors import Cancelled, Draining, FluxError, InternalError, StorageFull
+from flux_local.errors import Cancelled, Draining, FluxError, InternalError, NotFound, StorageFull
 from flux_local.history import FINAL, Entry, Status
 from flux_local.messages import Partial, Step
 from flux_local.params import GenerationParams
@@ -30,6 +30,7 @@ log = logging.getLogger("flux_local.api")
 class Stored(msgspec.Struct, frozen=True):
     """A `Work` as bytes, to be done by a later process."""
 
+    model: str
     params: GenerationParams
     base_url: str
     size: tuple[int, int] | None
@@ -125,24 +126,30 @@ class Requests:
             self.services.dispatcher.release(work.id)
             raise
 
-    async def resume(self, unfinished: list[Entry]) -> None:
-        """Takes up what an earlier process was told to do, and closes what nobody waits for any more."""
+    async def left_behind(self) -> list[Entry]:
+        """What an earlier process promised and did not do; what nobody waits for any more is closed."""
+        unfinished = await self.services.history.unfinished()
         for entry in unfinished:
             if entry.work is None:
                 await self._lost(entry, InternalError("The server was stopped while it worked on this. Send it again."))
-            else:
-                try:
-                    work = unpacked(entry, self.services)
-                except FluxError as error:  # an adapter has gone meanwhile
-                    await self._lost(entry, error)
-                    continue
-                except (msgspec.MsgspecError, ValueError):
-                    log.exception("request %s was accepted by another version and cannot be read", entry.id)
-                    await self._lost(
-                        entry, InternalError("The server was changed before it came to this. Send it again.")
-                    )
-                    continue
-                self._spawn(work, self._tracked(work, None, None, whole=True))
+        return [entry for entry in unfinished if entry.work is not None]
+
+    async def resume(self, promised: list[Entry]) -> None:
+        """Takes up what an earlier process was told to do, less what was cancelled since."""
+        for entry in promised:
+            try:
+                await self.services.history.get(entry.id, entry.owner)
+                work = unpacked(entry, self.services)
+            except NotFound:
+                continue
+            except FluxError as error:  # an adapter or the model has gone meanwhile
+                await self._lost(entry, error)
+                continue
+            except (msgspec.MsgspecError, ValueError):
+                log.exception("request %s was accepted by another version and cannot be read", entry.id)
+                await self._lost(entry, InternalError("The server was changed before it came to this. Send it again."))
+                continue
+            self._spawn(work, self._tracked(work, None, None, whole=True))
 
     async def _lost(self, entry: Entry, error: FluxError) -> None:
         await self._finish(entry.id, "failed", error=error_body(error))
@@ -301,6 +308,7 @@ def kept(body: dict[str, Any], whole: bool) -> dict[str, Any]:
 def packed(work: Work) -> bytes:
     source = work.plan.source
     stored = Stored(
+        work.plan.model,
         work.params,
         work.base_url,
         source.image.size if source else None,
@@ -313,6 +321,8 @@ def packed(work: Work) -> bytes:
 def unpacked(entry: Entry, services: Services) -> Work:
     assert entry.work is not None
     stored = msgspec.msgpack.decode(entry.work, type=Stored)
+    if stored.model != services.model.name:
+        raise InternalError("The server has another model now. Send the request again, for this one.")
     source = None
     if stored.size is not None and stored.image is not None:
         mask = Image.frombytes("L", stored.size, stored.mask) if stored.mask else None

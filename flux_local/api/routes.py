@@ -59,6 +59,8 @@ def router(services: Services, requests: Requests) -> APIRouter:
         )
 
     async def with_image(request: Request, route: Route) -> Response:
+        if HEADER not in request.headers:  # what would be refused need not be sent, and decoded, first
+            services.dispatcher.check_open(owner(request), pictures=1, work=0)
         raw, source = await uploads.read(request, services.decoder)
         return await once(request, route, raw, source)
 
@@ -141,7 +143,7 @@ def probes(services: Services) -> APIRouter:
         state = services.dispatcher.ready
         if services.dispatcher.draining:
             raise Draining("The server is stopping.", retry_after=5)
-        if state is None:
+        if state is None or not services.dispatcher.started:
             raise NotReady("The model is loading, or its engine is being replaced.", retry_after=5)
         return {
             "status": "ready",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import re
@@ -29,6 +30,8 @@ from flux_local.plan import Source
 BODY_LIMIT = 64_000_000
 IMAGE_LIMIT = 50_000_000
 PARTS = 64
+WITHOUT_PICTURES = f"Without its pictures the request may have at most {bodies.JSON_LIMIT:,} bytes."
+DATA_URL = re.compile(rb'"data:[^"]*"')
 
 
 async def read(request: Request, decoder: SafeDecoder) -> tuple[dict[str, Any], Source]:
@@ -41,7 +44,7 @@ async def read(request: Request, decoder: SafeDecoder) -> tuple[dict[str, Any], 
     if kind == "multipart/form-data":
         raw, images, masks = await from_multipart(request)
     elif kind == "application/json":
-        raw, images, masks = from_json(bodies.parse(await bodies.read(request, BODY_LIMIT)))
+        raw, images, masks = await asyncio.to_thread(from_json, await bodies.read(request, BODY_LIMIT))
     else:
         raise UnsupportedMediaType("Send the request as multipart/form-data, or as JSON with data URLs.")
     if not images:
@@ -66,14 +69,15 @@ async def from_multipart(request: Request) -> tuple[dict[str, Any], list[bytes],
         async with (
             bodies.arriving(BODY_LIMIT) as count,
             Request(in_latin_1(request), counted(request, count)).form(
-                max_files=PARTS, max_fields=PARTS, max_part_size=bodies.JSON_LIMIT
+                max_files=PARTS, max_fields=PARTS, max_part_size=BODY_LIMIT
             ) as form,
         ):
             for name, value in form.multi_items():
                 plain = utf_8(name).removesuffix("[]")
                 if isinstance(value, UploadFile):
-                    if plain in files:
-                        files[plain].append(await value.read())
+                    data = await value.read() if plain in files else b""
+                    if data or (plain in files and value.filename):  # a browser sends a field left empty as neither
+                        files[plain].append(data)
                     continue
                 value = utf_8(value)
                 if (part := ADAPTER.fullmatch(utf_8(name))) is not None:
@@ -89,6 +93,8 @@ async def from_multipart(request: Request) -> tuple[dict[str, Any], list[bytes],
             "The multipart body is malformed or has too many parts. Check how it was made; the header Content-Type "
             "must name its boundary, as clients do by themselves."
         ) from error
+    if sum(map(len, fields.values())) > bodies.JSON_LIMIT:
+        raise RequestTooLarge(WITHOUT_PICTURES)
     found = from_form(fields)
     if adapters["path"] or adapters["scale"]:
         found.setdefault("loras", adapters_of(**adapters))
@@ -143,8 +149,11 @@ def adapters_of(path: list[str], scale: list[str]) -> list[dict[str, Any]]:
     return [{"path": name, "scale": form_value("number", by)} for name, by in zip(path, scale, strict=True)]
 
 
-def from_json(raw: dict[str, Any]) -> tuple[dict[str, Any], list[bytes], list[bytes]]:
+def from_json(body: bytes) -> tuple[dict[str, Any], list[bytes], list[bytes]]:
     """`image` (or a list of them), `images[].image_url`, `mask`: data URLs, or objects with an `image_url`."""
+    if len(body) > bodies.JSON_LIMIT and len(DATA_URL.sub(b"", body)) > bodies.JSON_LIMIT:
+        raise RequestTooLarge(WITHOUT_PICTURES)
+    raw = bodies.parse(body)
     given = {name: value for name, value in raw.items() if name not in ("image", "images", "mask")}
     images = [*as_list(raw.get("image")), *as_list(raw.get("images"))]
     return (

@@ -1,0 +1,77 @@
+"""Which engine gets which picture, without engines."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+from flux_local.dispatch import Dispatcher, Limits
+from flux_local.messages import Cancel, Job, Step, ToEngine
+from flux_local.supervisor import Fall
+
+LIMITS = Limits(pictures=100, seconds=1e9, share=1.0, patience=60, max_falls=5, window=600)
+
+
+class Engine:
+    """Takes messages, and draws nothing."""
+
+    def __init__(self, ready: object) -> None:
+        self.ready = ready
+        self.jobs: dict[str, Job] = {}
+
+    def send(self, message: ToEngine) -> None:
+        if isinstance(message, Cancel):
+            del self.jobs[message.id]
+        else:
+            self.jobs[message.id] = message
+
+
+def job(number: int) -> Job:
+    return Job(id=f"req-{number}", prompt="x", seed=number, width=128, height=128, steps=10, guidance=4.5)
+
+
+def test_an_engine_that_comes_back_takes_its_share() -> None:
+    async def run() -> None:
+        dispatcher = Dispatcher(Path(), ["cpu", "cpu"], LIMITS)
+        fallen, other = Engine(True), Engine(True)
+        dispatcher.engines = cast(list[Any], [fallen, other])
+        drawing = [asyncio.create_task(dispatcher.draw(job(number))) for number in range(8)]
+        await asyncio.sleep(0)
+        assert (len(fallen.jobs), len(other.jobs)) == (4, 4)
+        fallen.ready, fallen.jobs = None, {}
+        dispatcher._on_fall(cast(Any, fallen), Fall((), False))
+        assert len(other.jobs) == 8
+        begun = list(other.jobs)[:3]
+        for id in begun:
+            dispatcher._on_message(cast(Any, other), Step(id, 1, 10, 0.1))
+        fallen.ready = True
+        dispatcher._on_ready(cast(Any, fallen))
+        assert set(begun) <= set(other.jobs), "what is begun stays"
+        assert (len(fallen.jobs), len(other.jobs)) == (4, 4)
+        assert not set(fallen.jobs) & set(other.jobs)
+        for task in drawing:
+            task.cancel()
+        await asyncio.gather(*drawing, return_exceptions=True)
+        assert not fallen.jobs
+        assert not other.jobs
+
+    asyncio.run(run())
+
+
+def test_what_waits_for_an_engine_is_given_out_in_order() -> None:
+    async def run() -> None:
+        dispatcher = Dispatcher(Path(), ["cpu"], LIMITS)
+        engine = Engine(None)
+        dispatcher.engines = cast(list[Any], [engine])
+        drawing = [asyncio.create_task(dispatcher.draw(job(number))) for number in range(5)]
+        await asyncio.sleep(0)
+        assert not engine.jobs
+        engine.ready = True
+        dispatcher._on_ready(cast(Any, engine))
+        assert list(engine.jobs) == [f"req-{number}" for number in range(5)]
+        for task in drawing:
+            task.cancel()
+        await asyncio.gather(*drawing, return_exceptions=True)
+
+    asyncio.run(run())
