@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve download test test-all check format bench gpu-check clean
+.PHONY: serve download test test-all check format bench gpu-check load-check clean
 
 serve: $(VENV)/serve.done
 	@exec $(BIN)/flux-local serve $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
@@ -31,12 +31,14 @@ format: $(VENV)/test.done
 bench: $(VENV)/test.done
 	$(BIN)/python scripts/bench.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-# Without .venv it runs from the bare tree, in a Python that has torch with CUDA, triton, diffusers, transformers,
-# accelerate, safetensors and Pillow.
+# Without .venv these run from the bare tree, in a Python that has torch with CUDA, triton, diffusers, transformers,
+# safetensors and Pillow; load-check wants accelerate too, and 34 GB in FOLDER.
 GPU_PYTHON = $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(or $(and $(wildcard $(VENV)/serve.done),$(BIN)/python),$(PYTHON)))
 gpu-check:
 	$(GPU_PYTHON) scripts/gpu_check.py --out docs/benchmarks/gpu-check.json
-	$(GPU_PYTHON) scripts/load_check.py --out docs/benchmarks/load-check.json
+
+load-check:
+	$(GPU_PYTHON) scripts/load_check.py --out docs/benchmarks/load-check.json $(if $(FOLDER),--folder $(FOLDER))
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flux-local needs Python 3.11 or newer; set PYTHON=…"; exit 1; }

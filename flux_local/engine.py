@@ -261,7 +261,7 @@ class Engine:
             for work in batch:
                 self.end_with(work, InternalError(f"The model failed ({type(error).__name__}). Try again."))
             return
-        memory.free()
+        self.pipeline.make_room()
         canvas = (batch[0].job.width, batch[0].job.height)
         log.warning("out of memory with %d pictures of %dx%d", len(batch), *canvas)
         if len(batch) > 1:

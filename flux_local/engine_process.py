@@ -85,7 +85,8 @@ def pick_device(asked: str) -> str:
 def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> None:
     """Loads, warms up, says so, and draws until the other end closes."""
     try:
-        from flux_local.model.loader import import_libraries, load
+        from flux_local.model import memory
+        from flux_local.model.loader import NO_ROOM, import_libraries, load
 
         import_libraries()
         started = time.monotonic()
@@ -100,7 +101,12 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
         )  # fmt: skip
         checker = safety_checker(options, device)
         loaded = time.monotonic()
-        step_seconds = warm_up(pipeline, info)
+        try:
+            step_seconds = warm_up(pipeline, info)
+        except Exception as error:
+            if memory.is_exhausted(error):
+                raise StartError(NO_ROOM) from error
+            raise
     except StartError as error:
         channel.send(StartFailed(error.message, error.exit_code))
         raise

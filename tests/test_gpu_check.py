@@ -35,6 +35,7 @@ def test_runs_on_a_bare_machine(tmp_path: Path) -> None:
     assert {check["name"] for check in printed["checks"]} == {
         "velocity at 48² against fp32", "velocity at 48² in fp8 against ours", "each block's contribution in fp8",
         "velocity at 48² in fp8, attention too, against ours", "velocity at 64×32 against plain operations",
+        "velocity at 64×32 in fp8, 77 tokens of text, against plain operations",
     }  # fmt: skip
     assert printed["timings"]["step_ms"]["ours 64"]["1"] > 0
     assert printed["timings"]["picture_s"]["64² fp8, attention torch, acceleration high"] > 0

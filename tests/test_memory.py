@@ -221,6 +221,18 @@ def test_a_layer_in_host_memory_computes_the_same(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(out, host(x))
 
 
+def test_pictures_of_one_request_share_what_their_steps_do(pipeline: Pipeline) -> None:
+    prompt, sigmas = pipeline.text.encode("a red circle"), [1.0, 0.5]
+    first = pipeline.condition(prompt, sigmas, 4.5, False)
+    assert pipeline.condition(prompt, sigmas, 4.5, False) is first
+    for other in ((prompt, sigmas, 4.5, True), (prompt, sigmas, 4.0, False), (prompt, [1.0, 0.6], 4.5, False)):
+        assert pipeline.condition(*other) is not first
+    pipeline.make_room()
+    again = pipeline.condition(prompt, sigmas, 4.5, False)
+    assert again is not first
+    assert torch.equal(again.modulation, first.modulation)
+
+
 def test_tiles_join_without_seams(pipeline: Pipeline) -> None:
     """A canvas of several tiles, against one piece."""
     latents = torch.cat([pipeline.vae.encode(bytes(384 * 384 * 3), 384, 384)])

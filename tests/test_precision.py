@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_local.model.fp8 import Fp8Linear, RoundedLinear, in_fp8, rounded
+from flux_local.model.fp8 import PRODUCT_TOLERANCE, Fp8Linear, RoundedLinear, in_fp8, product_error, rounded
 from flux_local.model.fp8_attention import scales
 from flux_local.model.latents import initial_noise
 from flux_local.model.layers import Layers, Linear
 from flux_local.model.loader import Pipeline
-from flux_local.model.ops import LARGEST, Layout, Ops, heads_quantised, quantised
+from flux_local.model.ops import LARGEST, Layout, Ops, Rows, heads_quantised, part, quantised
 from flux_local.model.transformer import FluxTransformer, Geometry
 from tests.servers import Server, pictures, running
 from tests.test_transformer import SMALL, prompt_of, random_module
@@ -46,6 +46,22 @@ class TestRounding:
         rows = torch.randn(64, 200, generator=torch.Generator().manual_seed(0))
         small = rows.abs() > rows.abs().amax(1, keepdim=True) * 2**-14
         assert ((rounded(rows) - rows).abs() / rows.abs())[small].max() <= 2**-4
+
+    def test_scales_of_some_rows_begin_where_cublas_takes_them(self) -> None:
+        x = quantised(torch.randn(90, 32, generator=torch.Generator().manual_seed(2)))
+        for first in (0, 3, 4, 77):
+            some = part(x, slice(first, None))
+            assert isinstance(some, Rows)
+            assert some.scale.data_ptr() % 16 == 0
+            assert torch.equal(some.scale, x.scale[first:])
+            assert torch.equal(some.values.float(), x.values[first:].float())
+
+    def test_a_product_that_is_wrong_is_found_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shape = (77, 512, 256, torch.device("cpu"))
+        assert product_error(*shape) < 0.01
+        product = torch._scaled_mm
+        monkeypatch.setattr(torch, "_scaled_mm", lambda *a, bias, **k: product(*a, bias=0.9 * bias, **k))
+        assert product_error(*shape) > PRODUCT_TOLERANCE
 
     def test_a_row_does_not_know_its_company(self) -> None:
         rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))

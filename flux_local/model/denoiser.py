@@ -118,14 +118,12 @@ class Denoiser:
         A guided picture is two rows of one pass: under its prompt, and under what to keep away from.
         """
         guided = [i for i, p in enumerate(pictures) if p.against is not None]
-        rows = [(p, p.condition) for p in pictures] + [(p, p.against) for p in pictures if p.against is not None]
+        rows = [(p, p.condition) for p in pictures] + [(pictures[i], pictures[i].against) for i in guided]
         velocity = self.raw_velocity(rows)
-        if guided:
-            toward, away = velocity[guided], velocity[len(pictures) :]
-            scale = torch.tensor([pictures[i].true_cfg_scale for i in guided], device=self.device)[:, None, None]
-            velocity = velocity[: len(pictures)]
-            velocity[guided] = (away + scale * (toward - away)).to(velocity.dtype)
-        return velocity
+        for row, i in enumerate(guided, len(pictures)):  # numbers, not tensors: the host waits for nothing
+            away = velocity[row].float()
+            velocity[i] = away + pictures[i].true_cfg_scale * (velocity[i].float() - away)
+        return velocity[: len(pictures)]
 
     def raw_velocity(self, rows: Sequence[tuple[Picture, Any]]) -> Tensor:
         """[rows, tokens, 64]: the transformer's own, each picture under the condition beside it."""

@@ -25,6 +25,7 @@ def describe(device: str) -> str:
         seen = "" if torch.cuda.is_available() else f"; {why_no_gpu()}"
         return f"CPU, {torch.get_num_threads()} threads; torch {torch.__version__}{seen}"
     try:
+        torch.cuda.set_device(device)  # Triton takes the current one
         free, total = torch.cuda.mem_get_info(device)
         capability = torch.cuda.get_device_capability(device)
         torch.ones(8, device=device).sum().item()

@@ -22,8 +22,11 @@ from flux_local.model.transformer import FluxTransformer
 
 ADA = (8, 9)
 """CUDA capability from which there are fp8 products."""
-PRODUCT_TOLERANCE = 1e-2
-"""Relative, of a product in fp8 against the emulation, which rounds to bf16 before it multiplies."""
+PRODUCT_TOLERANCE = 3e-2
+"""Relative, of a product in fp8 against the emulation, which rounds to bf16 before it multiplies. Fast accumulation
+costs more than that: up to 2% of a number in sums of 4096 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2)."""
+PRODUCTS = ((77, 512, 256), (512, 21504, 3072), (1541, 21504, 3072), (4096, 3072, 15360))
+"""Rows, outputs and inputs that are tried: libraries take other code for other shapes."""
 
 log = logging.getLogger("flux_local.fp8")
 
@@ -109,19 +112,30 @@ def has_products(device: torch.device | str) -> bool:
 
 def agrees(device: torch.device) -> bool:
     """Whether a product in fp8 gives there what the emulation gives."""
-    generator = torch.Generator().manual_seed(0)
-    weight, x = (torch.randn(n, 256, generator=generator).to(device, torch.bfloat16) for n in (512, 48))
-    linear = Linear(weight, torch.zeros(512, dtype=torch.bfloat16, device=device))
-    expected = RoundedLinear.of(linear)(x).float()
-    try:
-        off = (Fp8Linear.of(linear)(x).float() - expected).norm() / expected.norm()
-    except RuntimeError as error:
-        log.warning("products in fp8 fail here and are emulated: %s", error)
-        return False
-    if not off <= PRODUCT_TOLERANCE:
-        log.warning("products in fp8 are off by %.1e here and are emulated", off)
-        return False
+    for rows, outputs, inputs in PRODUCTS:
+        try:
+            off = product_error(rows, outputs, inputs, device)
+        except RuntimeError as error:
+            log.warning("products in fp8 fail here and are emulated: %s", error)
+            return False
+        if not off <= PRODUCT_TOLERANCE:
+            log.warning("products in fp8 are off by %.1e here and are emulated", off)
+            return False
     return True
+
+
+def product_error(rows: int, outputs: int, inputs: int, device: torch.device) -> float:
+    """‖fp8 − emulated‖ / ‖emulated‖ of a layer with a bias as large as its products, in place among other rows."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    linear, x = Linear(random(outputs, inputs), inputs**0.5 * random(outputs)), random(rows, inputs)
+    expected = RoundedLinear.of(linear)(x).float()
+    whole = random(rows + 16, outputs)
+    Fp8Linear.of(linear).into(whole[16:], x)
+    return float((whole[16:].float() - expected).norm() / expected.norm())
 
 
 def in_fp8(transformer: FluxTransformer, native: bool | None = None, attention: bool = False) -> FluxTransformer:

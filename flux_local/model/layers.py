@@ -63,6 +63,7 @@ class HostLinear(Linear):
 
     @classmethod
     def of(cls, linear: Linear, device: torch.device) -> HostLinear:
+        """Pinned for a GPU; a weight that is already is not copied."""
         weight = linear.weight.cpu()
         return cls(weight.pin_memory() if device.type == "cuda" else weight, linear.bias.to(device), parts=linear.parts)
 
@@ -119,7 +120,8 @@ class Layers:
         """As `linear`, of what is used once a picture."""
         if self.host is None:
             return joined(self.weights, *names)
-        return HostLinear.of(joined(self.host, *names), self.device or torch.device("cpu"))
+        device = self.device or torch.device("cpu")
+        return HostLinear.of(joined(self.host, *names, pinned=device.type == "cuda"), device)
 
     def mlp(self, name: str) -> Mlp:
         return Mlp(self.linear(f"{name}.linear_1"), self.linear(f"{name}.linear_2"))
@@ -129,15 +131,19 @@ class Layers:
         return torch.stack([self.weights(f"{name}.weight") for name in names])
 
 
-def joined(weights: Weights, *names: str) -> Linear:
-    """Several layers of the same input as one: their outputs side by side. No more than one is held twice."""
+def joined(weights: Weights, *names: str, pinned: bool = False) -> Linear:
+    """Several layers of the same input as one: their outputs side by side. No more than one is held twice.
+
+    Args:
+        pinned: in host memory that a GPU may copy from by itself.
+    """
     biases = [weights(f"{name}.bias") for name in names]
     parts = tuple((name, len(bias)) for name, bias in zip(names, biases, strict=True))
     weight = weights(f"{names[0]}.weight")
-    if len(names) == 1:
+    if len(names) == 1 and not pinned:
         # On a CPU it may be a view of its file, which others see too; this one may be written to.
         return Linear(weight.clone() if weight.device.type == "cpu" else weight, biases[0], parts=parts)
-    whole, at = weight.new_empty(sum(rows for _, rows in parts), weight.shape[1]), 0
+    whole, at = weight.new_empty((sum(rows for _, rows in parts), weight.shape[1]), pin_memory=pinned), 0
     for name, rows in parts:
         whole[at : at + rows] = weights(f"{name}.weight")
         at += rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ from flux_local.model.transformer import FluxTransformer, Geometry
 from flux_local.model.vae import Autoencoder
 
 NO_ROOM = (
-    "The device's memory did not suffice for loading. Free some, or name a way that takes less with --memory: "
+    "The device's memory did not suffice. Free some, or name a way that takes less with --memory: "
     + ", ".join(memory.TIERS)
     + "."
 )
 PROMPT_CACHE_BYTES = 256 << 20
+CONDITIONS = 2
+"""Kept: a prompt's, and of what to keep away from. One has 2 MB a step at FLUX.1's size."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Pipeline:
     adapters: Adapters | None = None
     """None with diffusers' own transformer."""
     plan: Plan = field(default_factory=lambda: Plan("both"))
+    conditions: OrderedDict[tuple[Any, ...], tuple[PromptEmbedding, Any]] = field(default_factory=OrderedDict)
+    """What the transformers made of the last prompts, schedules and guidance values."""
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -127,12 +132,30 @@ class Pipeline:
             original = self.vae.encode(image, width, height).to(noise.dtype)
             keep = None if mask is None else Keep(self.vae.repaint(mask, width, height), original, noise)
             latents = noised(original, noise, sigmas[0])
-        transformer = self.denoiser_for(go_fast).transformer
         return Picture(
-            width, height, sigmas, latents, prompt, transformer.condition(prompt, sigmas[:-1], guidance), keep=keep,
-            against=None if negative is None else transformer.condition(negative, sigmas[:-1], guidance),
+            width, height, sigmas, latents, prompt, self.condition(prompt, sigmas[:-1], guidance, go_fast), keep=keep,
+            against=None if negative is None else self.condition(negative, sigmas[:-1], guidance, go_fast),
             true_cfg_scale=true_cfg_scale, computed=computed,
         )  # fmt: skip
+
+    def condition(self, prompt: PromptEmbedding, sigmas: list[float], guidance: float, go_fast: bool) -> Any:
+        """The transformer's, with the adapters that it has; once for the pictures of one request, which share it."""
+        transformer = self.denoiser_for(go_fast).transformer
+        adapters = None if self.adapters is None else self.adapters.at
+        key = (id(transformer), id(prompt), tuple(sigmas), guidance, adapters)
+        if key not in self.conditions:
+            self.conditions[key] = (prompt, transformer.condition(prompt, sigmas, guidance))
+            while len(self.conditions) > CONDITIONS:
+                self.conditions.popitem(last=False)
+        return self.conditions[key][1]
+
+    def make_room(self) -> None:
+        """Gives back what can be made again: CUDA graphs, conditions, the allocator's reserve."""
+        self.conditions.clear()
+        for denoiser in (self.denoiser, self.fast):
+            if denoiser is not None and isinstance(denoiser.transformer, FluxTransformer):
+                denoiser.transformer.forget()
+        memory.free()
 
 
 def load(

@@ -187,7 +187,11 @@ Activation = Tensor | Rows
 
 
 def part(x: Activation, rows: slice) -> Activation:
-    return Rows(x.values[rows], x.scale[rows]) if isinstance(x, Rows) else x[rows]
+    """Some of the rows; their scales begin at a multiple of 16 bytes, as cuBLAS wants them."""
+    if not isinstance(x, Rows):
+        return x[rows]
+    scale = x.scale[rows]
+    return Rows(x.values[rows], scale.clone() if scale.storage_offset() % 4 else scale)
 
 
 def quantised(rows: Tensor) -> Rows:

@@ -203,13 +203,13 @@ class PreparedLayers(Layers):
         self.open = safe_open
         super().__init__(self.tensor, same)
 
-    def tensor(self, name: str, device: str | None = None) -> Tensor:
+    def tensor(self, name: str, device: str | None = None, pinned: bool = False) -> Tensor:
         path, place = self.path[name], device or self.target.device
         if (path, place) not in self.opened:
             self.opened[path, place] = self.open(path, framework="pt", device=place)
         found: Tensor = self.opened[path, place].get_tensor(name)
         # In host memory it is a view of the file, of any alignment, and products of such have other bits.
-        return found.clone() if place == "cpu" else found
+        return found.new_empty(found.shape, pin_memory=pinned).copy_(found) if place == "cpu" else found
 
     def linear(self, *names: str) -> Linear:
         key = names[0]
@@ -218,9 +218,9 @@ class PreparedLayers(Layers):
     def modulation(self, *names: str) -> Linear:
         if not self.target.modulation_on_host:
             return self.linear(*names)
-        key = names[0]
-        waiting = Linear(self.tensor(f"{key}.weight", "cpu"), self.tensor(f"{key}.bias", "cpu"), parts=self.parts[key])
-        return HostLinear.of(waiting, torch.device(self.target.device))
+        key, device = names[0], torch.device(self.target.device)
+        weight = self.tensor(f"{key}.weight", "cpu", pinned=device.type == "cuda")
+        return HostLinear.of(Linear(weight, self.tensor(f"{key}.bias", "cpu"), parts=self.parts[key]), device)
 
     def block(self, *names: str) -> Linear:
         key = names[0]

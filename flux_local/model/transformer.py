@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux_local.model import fp8_attention
-from flux_local.model.graphs import Graphs
+from flux_local.model.graphs import Graphs, recorded
 from flux_local.model.latents import position_ids
 from flux_local.model.layers import Layers, Linear
 from flux_local.model.ops import Activation, Layout, Ops, Site, Vectors, part
@@ -137,7 +137,7 @@ class FluxTransformer:
         """Whether what blocks take is put into fp8 where it is made."""
         self.fp8_attention = fp8_attention
         self.dtype, self.device = self.image_in.weight.dtype, self.image_in.weight.device
-        self.run = recorded(self)
+        self.run = recorded(self.forward, self.device)
 
     @property
     def attention_by(self) -> str:
@@ -284,8 +284,13 @@ class FluxTransformer:
         twin.doubles = [replace(b, text=stream(b.text), image=stream(b.image)) for b in self.doubles]
         twin.singles = [replace(b, qkv_up=convert(b.qkv_up), out=convert(b.out)) for b in self.singles]
         twin.fp8, twin.fp8_attention = fp8, fp8_attention
-        twin.run = recorded(twin)
+        twin.run = recorded(twin.forward, twin.device, self.run)
         return twin
+
+    def forget(self) -> None:
+        """Lets the CUDA graphs go, and the memory that they hold; they are recorded again as they are wanted."""
+        if isinstance(self.run, Graphs):
+            self.run.forget()
 
     def with_plain_operations(self) -> FluxTransformer:
         """The same without kernels and graphs."""
@@ -305,11 +310,6 @@ def rotary_table(axes: tuple[int, ...], width: int, height: int, text: int, devi
     powers = [torch.arange(0, size, 2, dtype=torch.float64) / size for size in axes]
     angle = torch.cat([torch.outer(positions[:, i], ROTARY_BASE**-power) for i, power in enumerate(powers)], dim=1)
     return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
-
-
-def recorded(transformer: FluxTransformer) -> Callable[..., Tensor]:
-    """Its `forward`, through CUDA graphs where there are such."""
-    return Graphs(transformer.forward) if transformer.device.type == "cuda" else transformer.forward
 
 
 def each_stream(text: Linear, image: Linear, out: Tensor, x: Activation, layout: Layout) -> Tensor:
