@@ -7,6 +7,7 @@ import os
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flux_local.errors import WeightsError
 from flux_local.model import checkpoint
@@ -162,6 +163,13 @@ def write_info(folder: Path) -> None:
     """FLUX.1's canvas range and defaults into a folder that says nothing of its own."""
     path = folder / INFO
     if not path.exists():
-        canvas = {"min_area": KREA.canvas.min_area, "max_area": KREA.canvas.max_area}
-        defaults = {"num_inference_steps": KREA.default_steps, "guidance_scale": KREA.default_guidance}
-        path.write_text(json.dumps({"canvas": canvas, "defaults": defaults}, indent=2) + "\n")
+        path.write_text(json.dumps(described(KREA), indent=2) + "\n")
+
+
+def described(model: ModelInfo) -> dict[str, Any]:
+    """What the file beside the weights says of a model, less masks of steps."""
+    return {
+        "canvas": asdict(model.canvas),
+        "defaults": {"num_inference_steps": model.default_steps, "guidance_scale": model.default_guidance},
+        "text_length": model.text_length,
+    }

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,13 +216,11 @@ def replay(url: str, arrivals: list[Arrival]) -> list[float]:
 def any_canvas(name: str) -> Iterator[str]:
     """The model's folder again, by links, but said to draw at all canvases of the trace: speed asks for no skill."""
     from flux_local import weights
+    from flux_local.sizes import CanvasRange
 
     folder = weights.find(name)
     model = weights.info(folder)
-    info = {
-        "canvas": {"min_area": min(TRACE_SIDES) ** 2, "max_area": max(TRACE_SIDES) ** 2},
-        "defaults": {"num_inference_steps": model.default_steps, "guidance_scale": model.default_guidance},
-    }
+    info = weights.described(replace(model, canvas=CanvasRange(min(TRACE_SIDES) ** 2, max(TRACE_SIDES) ** 2)))
     with tempfile.TemporaryDirectory() as copy:
         for entry in folder.iterdir():
             if entry.name != weights.INFO:

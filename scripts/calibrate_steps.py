@@ -145,19 +145,11 @@ def main() -> None:
     Console().print(table)
     if not options.dry_run:
         path = folder / weights.INFO
-        info = json.loads(path.read_text()) if path.exists() else described(model)
+        info = json.loads(path.read_text()) if path.exists() else weights.described(model)
         for level, by_steps in masks.items():
             info.setdefault("acceleration", {}).setdefault(level, {}).update(by_steps)
         path.write_text(json.dumps(info, indent=2) + "\n")
     print(json.dumps(rows))
-
-
-def described(model: Any) -> dict[str, Any]:
-    """The file that a folder without one stands for."""
-    return {
-        "canvas": {"min_area": model.canvas.min_area, "max_area": model.canvas.max_area},
-        "defaults": {"num_inference_steps": model.default_steps, "guidance_scale": model.default_guidance},
-    }
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-DEFAULTS = {"num_inference_steps": 8, "guidance_scale": 4.5}
+STEPS = 8  # the default number, by what was measured
 VAE_STEPS = 2000
 CANVASES = ["128x128", "176x96", "96x176"]
 STEP_COUNTS = (4, 6, 8, 12, 16, 28)
@@ -47,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--evaluate", action="store_true", help="measure the folder and stop")
     p.add_argument("--count", type=int, default=500, help="prompts to evaluate with (default 500)")
     p.add_argument("--canvases", nargs="+", default=CANVASES, metavar="WxH", help="canvases to evaluate at")
-    p.add_argument("--steps", type=int, default=DEFAULTS["num_inference_steps"], help="denoising steps to evaluate at")
+    p.add_argument("--steps", type=int, default=STEPS, help="denoising steps to evaluate at")
     p.add_argument("--brief", action="store_true", help="evaluate without edits, guidance and numbers of steps")
     return p
 
@@ -100,6 +99,9 @@ def export(out: Path, autoencoder: Any, painter: Any) -> None:
     from mini import flow
     from mini.text import T5_LENGTH
 
+    from flux_local import weights
+    from flux_local.params import ModelInfo
+
     few, many = flow.SHIFTS
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, shift=3.0, base_image_seq_len=few, base_shift=flow.SHIFTS[few],
@@ -121,8 +123,8 @@ def export(out: Path, autoencoder: Any, painter: Any) -> None:
     for path in out.glob("*/config.json"):  # nor where it was begun from
         config = {name: value for name, value in json.loads(path.read_text()).items() if name != "_name_or_path"}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    info = {"canvas": asdict(flow.CANVAS), "defaults": DEFAULTS, "text_length": T5_LENGTH}
-    (out / "flux-local.json").write_text(json.dumps(info, indent=2) + "\n")
+    model = ModelInfo(out.name, flow.CANVAS, STEPS, flow.GUIDANCE, text_length=T5_LENGTH)
+    (out / weights.INFO).write_text(json.dumps(weights.described(model), indent=2) + "\n")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -159,7 +161,8 @@ def evaluate(options: argparse.Namespace) -> None:
     parts = {"transformer": "transformer", "autoencoder": "vae", "T5": "text_encoder_2", "CLIP": "text_encoder"}
     counts = {name: parameters(options.out / folder) for name, folder in parts.items()}
     quality = {side: vae.psnr(pipeline.vae.vae, torch.device(options.device), side, world) for side in (128, 192)}
-    card.write(options.out, options.work / "log.jsonl", counts, quality, pipeline.text.max_length)
+    card.record_training(options.out, options.work / "log.jsonl")
+    card.write(options.out, counts, quality, pipeline.text.max_length)
 
 
 def parameters(folder: Path) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from . import flow, practice
 from .drawings import RELATIONS, ROWS, WORLDS
 
+TRAINING = "training.md"
 TEXT = """# flux-krea-mini
 
 A FLUX model in miniature: the embedded model of flux-local. It has the very format and all the parts of
@@ -107,8 +108,8 @@ def measured(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def write(folder: Path, log: Path, parameters: dict[str, int], psnr: dict[int, float], t5: int) -> None:
-    """Writes `folder/README.md` from `folder/evaluation.json` and the training log."""
+def write(folder: Path, parameters: dict[str, int], psnr: dict[int, float], t5: int) -> None:
+    """Writes `folder/README.md` from what was measured and what `record_training` has left there."""
     results: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
     world = WORLDS[results["world"]]
     (folder / "README.md").write_text(
@@ -123,7 +124,7 @@ def write(folder: Path, log: Path, parameters: dict[str, int], psnr: dict[int, f
             t5=t5,
             measured=measured(results),
             psnr=", ".join(f"{value:.1f} dB PSNR at {side}²" for side, value in psnr.items()),
-            stages=stages(log),
+            stages=known.read_text().strip() if (known := folder / TRAINING).is_file() else "- not recorded",
             last=flow.PHASES[-1].steps,
             practice=practice.STEPS,
             parameters=", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items()),
@@ -131,12 +132,18 @@ def write(folder: Path, log: Path, parameters: dict[str, int], psnr: dict[int, f
     )
 
 
+def record_training(folder: Path, log: Path) -> None:
+    """Keeps the log's stages beside the weights: the log itself stays where the training was."""
+    if log.is_file():
+        (folder / TRAINING).write_text(stages(log) + "\n")
+
+
 def stages(log: Path) -> str:
     """Steps and minutes of each stage, from the log that training appends to: a run that went on counts from zero."""
     steps: dict[str, int] = {}
     seconds: dict[str, float] = {}
     run: dict[str, float] = {}
-    for line in log.read_text().splitlines() if log.is_file() else ():
+    for line in log.read_text().splitlines():
         entry = json.loads(line)
         stage = entry["stage"]
         steps[stage] = max(steps.get(stage, 0), entry["step"])
