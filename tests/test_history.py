@@ -1,0 +1,33 @@
+"""The history without a server: a disk that goes bad while it is in use."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from flux_local.errors import StorageFull
+from flux_local.history import History
+
+
+def test_a_file_that_is_damaged_while_in_use_is_told_as_what_it_is(tmp_path: Path) -> None:
+    async def run() -> None:
+        history = History(tmp_path, 1000)
+        for number in range(100):
+            await history.add(f"r{number}", "", "generations", {"prompt": "x" * 500}, None, "running")
+        await history._run(lambda c: c.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+        path = tmp_path / "history.sqlite3"
+        with path.open("r+b") as file:
+            file.seek(4096)
+            file.write(os.urandom(path.stat().st_size - 4096))
+        await history._run(lambda c: c.execute("PRAGMA shrink_memory").fetchall())
+        for use in (history.get("r3", ""), history.finish("r9", "failed"), history.page("", 10)):
+            with pytest.raises(StorageFull) as caught:
+                await use
+            assert isinstance(caught.value.__cause__, sqlite3.DatabaseError)
+        history.close()
+
+    asyncio.run(run())
