@@ -32,7 +32,7 @@ bench: $(VENV)/test.done
 	$(BIN)/python scripts/bench.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 # Without .venv these run from the bare tree, in a Python that has torch with CUDA, triton, diffusers, transformers,
-# safetensors and Pillow; load-check wants accelerate too, and 34 GB in FOLDER.
+# safetensors and Pillow; load-check wants accelerate too, and 36 GB in FOLDER.
 GPU_PYTHON = $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(or $(and $(wildcard $(VENV)/serve.done),$(BIN)/python),$(PYTHON)))
 gpu-check:
 	$(GPU_PYTHON) scripts/gpu_check.py --out docs/benchmarks/gpu-check.json

@@ -44,11 +44,14 @@ def with_values(words: Sequence[str]) -> list[str]:
     """A flag of yes or no may stand alone and means yes; what follows is its value only if that says yes or no."""
     flags = {setting.flag for setting in config.describe() if setting.type is bool}
     flags |= {flag for parameter in PARAMETERS if parameter.kind == "boolean" for flag in flags_of(parameter)}
-    following = [*words[1:], ""]
-    return [
-        f"{word}=true" if word in flags and after.lower() not in (*YES, *NO) else word
-        for word, after in zip(words, following, strict=True)
-    ]
+    meant = dict.fromkeys(YES, "true") | dict.fromkeys(NO, "false")
+    found, left = list[str](), list(words)
+    while left and left[0] != "--":
+        word = left.pop(0)
+        if word in flags:
+            word += f"={meant[left.pop(0).lower()] if left and left[0].lower() in meant else 'true'}"
+        found.append(word)
+    return found + left
 
 
 class Command(argparse.ArgumentParser):

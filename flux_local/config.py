@@ -6,6 +6,7 @@ Flags, environment variables (`FLUX_LOCAL_` and the name in capitals) and the ke
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -159,8 +160,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             str(self.cache_folder()),
             "--precisions",
             self.precisions,
-            "--sharing",
-            str(len(self.device_list())),
+            "--beside",
+            ",".join(self.device_list()),
             *(["--reference"] if self.reference else []),
             *(["--fp8-attention"] if self.fp8_attention else []),
         ]
@@ -185,16 +186,25 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Raises:
             SettingsError: one that is no origin; `*` is none.
         """
-        found = [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+        found = [origin.strip().lower() for origin in self.cors_origins.split(",") if origin.strip()]
         for origin in found:
-            if not re.fullmatch(r"https?://[\w.\-\[\]:]+", origin, re.ASCII):
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[\w.\-\[\]:]+", origin, re.ASCII):
                 raise SettingsError("cors_origins must be origins like https://example.org, separated by commas.")
         return found
 
-    def own_names(self) -> list[str] | None:
-        """Names that a server on loopback is called by, beside `localhost`; None where others reach it, by any name."""
-        public = urlsplit(self.public_url).hostname
-        return ([public] if public else []) if is_loopback(self.host) else None
+    def public_name(self) -> str | None:
+        """The host in `public_url`.
+
+        Raises:
+            SettingsError: there is an address, and no host in it.
+        """
+        if not self.public_url:
+            return None
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(self.public_url)
+            if parts.scheme in ("http", "https") and parts.hostname:
+                return parts.hostname
+        raise SettingsError("public_url must be an address like https://images.example.org or http://host:8000/flux.")
 
     def keys(self) -> frozenset[str]:
         """All API keys, from both places.
@@ -286,6 +296,7 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str] | None = None,
     except msgspec.ValidationError as error:
         raise SettingsError(f"Bad setting: {error}.") from error
     settings.origins()
+    settings.public_name()
     if not is_loopback(settings.host) and not settings.keys() and not settings.allow_anonymous:
         raise SettingsError(
             f"Refusing to listen on {settings.host} without API keys. Set {PREFIX}API_KEYS_FILE, listen on 127.0.0.1, "

@@ -266,7 +266,7 @@ class Dispatcher:
         return any(pending.engine is engine for pending in self.pending.values())
 
     def _place(self, pending: Pending) -> None:
-        """Hands the picture to the ready engine that owes least, if it is not there; if none is ready, it waits."""
+        """Hands the picture to the ready engine that owes least; if none is ready, it waits for one."""
         ready = [engine for engine in self.engines if engine.ready is not None]
         if not ready:
             pending.engine = None
@@ -275,23 +275,38 @@ class Dispatcher:
         for other in self.pending.values():
             if other.engine in owed and other is not pending:
                 owed[other.engine] += self._cost(other)
-        before, chosen = pending.engine, min(ready, key=owed.__getitem__)
-        if chosen is before:
-            return
-        if before is not None:
-            before.send(Cancel(pending.job.id))
-        pending.engine = chosen
+        pending.engine = min(ready, key=owed.__getitem__)
         pending.steps_left = pending.job.steps - pending.job.skip
-        chosen.send(pending.job)
+        pending.engine.send(pending.job)
 
     def _on_ready(self, engine: Supervisor) -> None:
-        """Gives the engine what waits for one, and of what others have the later pictures that none has begun."""
+        """Gives the engine what waits for one, and its share of what others have not begun: the latest of it."""
+        in_hand = {serial for other in self.engines for serial in other.in_hand()}
+        movable = [
+            pending
+            for pending in self.pending.values()
+            if pending.engine not in (None, engine) and not pending.begun and not pending.crashes
+            and not pending.outside and pending.job.serial not in in_hand
+        ]  # fmt: skip
         for pending in self.pending.values():
             if pending.engine is None:
                 self._place(pending)
-        for pending in reversed(self.pending.values()):
-            if not pending.begun:
-                self._place(pending)
+        owed: dict[Supervisor | None, float] = {}
+        for pending in self.pending.values():
+            owed[pending.engine] = owed.get(pending.engine, 0.0) + self._cost(pending)
+        moved = []
+        for pending in reversed(movable):
+            cost = self._cost(pending)
+            if owed[pending.engine] - cost < owed.get(engine, 0.0):
+                continue
+            owed[pending.engine] -= cost
+            owed[engine] = owed.get(engine, 0.0) + cost
+            moved.append(pending)
+        for pending in reversed(moved):
+            assert pending.engine is not None
+            pending.engine.send(Cancel(pending.job.id))
+            pending.engine = engine
+            engine.send(pending.job)
 
     def _on_fall(self, engine: Supervisor, fall: Fall) -> None:
         """Places the engine's pictures anew; those in its hands when it crashed go alone, once."""

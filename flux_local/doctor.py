@@ -109,8 +109,8 @@ def of_memory(settings: Settings, asked: str) -> str:
     precisions: memory.Precisions = "full" if settings.reference else settings.precisions
     sizes, largest = memory.Sizes.of(weights.identify(path)), weights.info(path).canvas.max_area
     device = pick_device(asked)
+    room, host_room = memory.room(device), memory.host_room(memory.sharing(device, settings.device_list()))
     emulated = not has_products(device)
-    room, host_room = memory.room(device), memory.host_room(len(settings.device_list()))
     return str(memory.plan(sizes, room, precisions, settings.tier(), largest, emulated, host_room))
 
 

@@ -97,7 +97,8 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
             log.warning("torch sees no GPU: a model of %.0f GB will be very slow on the CPU", checkpoint.nbytes / 1e9)
         pipeline = load(
             checkpoint, device, options.precisions, options.reference, options.memory,
-            info.canvas.max_area, options.cache, options.fp8_attention, options.sharing,
+            info.canvas.max_area, options.cache, options.fp8_attention,
+            memory.sharing(device, options.beside.split(",")),
         )  # fmt: skip
         checker = safety_checker(options, device)
         loaded = time.monotonic()
@@ -147,7 +148,7 @@ def main() -> int:
     parser.add_argument("--memory")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--fp8-attention", action="store_true")
-    parser.add_argument("--sharing", type=int, default=1, help="engines on this machine")
+    parser.add_argument("--beside", default="", help="the devices of all engines of this machine, by commas")
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--safety", type=Path)
     parser.add_argument("--safety-labels", default="")

@@ -109,6 +109,8 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         except Exception:
             log.exception("the engines could not be stopped in order")
         await decoder.close()
+        await first_of(serving, asyncio.create_task(hurry.wait()))
+        server.force_exit = True  # connections in the middle of something
         await asyncio.gather(serving, return_exceptions=True)
         listener.close()
         history.close()

@@ -123,6 +123,10 @@ class Supervisor:
             self.sent = time.monotonic()
             self._writer.write(frame(message))
 
+    def in_hand(self) -> tuple[int, ...]:
+        """Serials of the jobs that the engine is working on at this moment."""
+        return () if self._pulse is None else self._pulse.read().serials
+
     async def _serve(self, reader: asyncio.StreamReader) -> None:
         """Hands messages on until the engine falls, and says how it fell."""
         watch = asyncio.create_task(self._watch())

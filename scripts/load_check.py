@@ -3,7 +3,7 @@
 
     make load-check           (or: scripts/load_check.py --out docs/benchmarks/CARD-load.json)
 
-Writes FLUX.1's whole architecture with random weights to a folder (34 GB; --folder says where), then loads it in a
+Writes FLUX.1's whole architecture with random weights to a folder (36 GB; --folder says where), then loads it in a
 process of its own in each way that the memory can be used, draws a step of the largest canvas and decodes, and compares
 the device's peak with the plan. Needs torch, triton, diffusers, transformers, accelerate and safetensors. Ends with a
 table and one JSON document, and exits 1 when a check fails. `--small` runs it at toy sizes, on a CPU too.
@@ -190,7 +190,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="toy sizes: a test of this script")
     parser.add_argument("--tiers", default=",".join(memory.TIERS), help="which to load, by commas")
-    parser.add_argument("--folder", type=Path, help="where to write the model, 34 GB (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where to write the model, 36 GB (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="also write the JSON document here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--side", type=int, default=LARGEST, help=argparse.SUPPRESS)
@@ -205,6 +205,9 @@ def main() -> int:
         print("load_check: text encoders are loaded by accelerate: pip install accelerate", file=sys.stderr)
         return 2
     disk = options.folder or Path(tempfile.gettempdir())
+    if not disk.is_dir():
+        print(f"load_check: there is no folder {disk}", file=sys.stderr)
+        return 2
     if not options.small and (free := shutil.disk_usage(disk).free) < SPACE:
         print(f"load_check: {disk} has {free / 1e9:.0f} GB free, and {SPACE / 1e9:.0f} are needed. Name a larger "
               "place with --folder (make: FOLDER=).", file=sys.stderr)  # fmt: skip

@@ -42,7 +42,7 @@ def test_version() -> None:
 
 
 def test_a_flag_of_yes_or_no_takes_nothing_that_follows(tmp_path: Path) -> None:
-    words = ["--go-fast", "a red circle", "--reference", "false", "--size", "128x128", "--steps", "1", "--png-metadata"]
+    words = ["--go-fast", "a red circle", "--reference", "no", "--size", "128x128", "--steps", "1", "--png-metadata"]
     for wrong in (words, [*words[:-1], "--devices", "cpu,cpu"]):
         assert flux("generate", *wrong, "-o", "a.png", cwd=tmp_path).returncode == 2
     done = flux("generate", *words[:-1], "-o", "a.png", cwd=tmp_path)

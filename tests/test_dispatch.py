@@ -19,6 +19,10 @@ class Engine:
     def __init__(self, ready: object) -> None:
         self.ready = ready
         self.jobs: dict[str, Job] = {}
+        self.working_on: tuple[int, ...] = ()
+
+    def in_hand(self) -> tuple[int, ...]:
+        return self.working_on
 
     def send(self, message: ToEngine) -> None:
         if isinstance(message, Cancel):
@@ -42,14 +46,14 @@ def test_an_engine_that_comes_back_takes_its_share() -> None:
         fallen.ready, fallen.jobs = None, {}
         dispatcher._on_fall(cast(Any, fallen), Fall((), False))
         assert len(other.jobs) == 8
-        begun = list(other.jobs)[:3]
-        for id in begun:
-            dispatcher._on_message(cast(Any, other), Step(id, 1, 10, 0.1))
+        order = list(dispatcher.pending)
+        dispatcher._on_message(cast(Any, other), Step(order[-2], 1, 10, 0.1))
+        other.working_on = (other.jobs[order[-1]].serial,)
         fallen.ready = True
         dispatcher._on_ready(cast(Any, fallen))
-        assert set(begun) <= set(other.jobs), "what is begun stays"
-        assert (len(fallen.jobs), len(other.jobs)) == (4, 4)
-        assert not set(fallen.jobs) & set(other.jobs)
+        assert set(order[-2:]) <= set(other.jobs), "what is begun, or in hand, stays"
+        assert list(fallen.jobs) == order[2:6], "the latest of the others, in their order"
+        assert set(fallen.jobs) | set(other.jobs) == set(order)
         for task in drawing:
             task.cancel()
         await asyncio.gather(*drawing, return_exceptions=True)

@@ -131,6 +131,8 @@ def test_only_pictures_may_be_large(server: Server) -> None:
         assert server.post({**small, **image}, EDITS).status_code == 200
     fields = {"prompt": "x", "steps": "1", "size": "64x64"}
     assert httpx.post(server.url + EDITS, data={**fields, "image": url}, files={"x": b"x"}).status_code == 200
+    answer = server.post({**small, "image": url.partition(",")[2]}, EDITS)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image"), "no data URL, and no text"
     for answer in (
         server.post({**small, "image": url, "notes": [[]] * 500_000}, EDITS),
         httpx.post(server.url + EDITS, data={**fields, "notes": "n" * 1_000_001}, files={"image": saved(noise)}),

@@ -13,7 +13,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.servers import MODEL, Server, eventually, pictures, running, started
 
@@ -112,6 +114,22 @@ def test_what_is_deleted_while_the_model_loads_is_not_drawn(tmp_path: Path) -> N
         (left,) = httpx.get(url.rstrip("/")).json()["data"]
         assert left["id"] == promised[1]
         assert len(list((tmp_path / "data" / "files").iterdir())) == 1
+
+
+def test_a_promise_whose_adapter_has_gone_ends(tmp_path: Path) -> None:
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    save_file({"x_embedder.lora_A.weight": torch.zeros(1, 64), "x_embedder.lora_B.weight": torch.zeros(144, 1)},
+              adapters / "night.safetensors")  # fmt: skip
+    with running(tmp_path, "--loras-dir", str(adapters), FLUX_LOCAL_FAULTS="slow seconds=1") as server:
+        promised = server.post({**BODY, "loras": [{"path": "night"}]}, headers=ASYNC)
+        assert promised.status_code == 202, promised.text
+        server.process.kill()
+        server.process.wait()
+    (adapters / "night.safetensors").unlink()
+    with running(tmp_path, "--loras-dir", str(adapters)) as server:
+        entry = httpx.get(f"{server.url}/v1/images/requests/{promised.json()['id']}").json()
+        assert (entry["status"], entry["error"]["code"]) == ("failed", "not_found")
 
 
 def test_a_promise_is_for_the_model_that_it_was_made_with(tmp_path: Path) -> None:

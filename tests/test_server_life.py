@@ -31,6 +31,9 @@ def exit_of(folder: Path, *flags: str, **env: str) -> tuple[int, str]:
 def test_bad_settings_exit_2(tmp_path: Path) -> None:
     assert exit_of(tmp_path, "--max-pixels", "few")[0] == 2
     assert exit_of(tmp_path, "--host", "0.0.0.0")[0] == 2
+    for address in ("pictures.example", "https://[x", "ftp://pictures.example", "https://"):
+        code, output = exit_of(tmp_path, "--public-url", address)
+        assert (code, "Traceback" in output) == (2, False), address
     code, output = exit_of(tmp_path, FLUX_LOCAL_PROT="1")
     assert code == 2
     assert "prot" in output
@@ -151,15 +154,20 @@ def test_without_keys_it_is_for_its_own_machine(tmp_path: Path, server: Server) 
         assert httpx.get(server.url + "/health", headers={"host": host}).status_code == 200
     for origin, status in ((server.url, 200), ("https://evil.example", 400), ("null", 400)):
         assert server.post(QUICK, headers={"origin": origin}).status_code == status, origin
+    proxied = {"origin": "http://localhost:5173", "sec-fetch-site": "same-origin"}
+    assert server.post(QUICK, headers=proxied).status_code == 200, "a proxy of the page's own says another Host"
     with running(tmp_path, "--public-url", "https://pictures.example/flux") as named:
         headers = {"host": "pictures.example", "origin": "https://pictures.example"}
         assert named.post(QUICK, headers=headers).status_code == 200
         assert named.post(QUICK, headers={"origin": "https://pictures.example"}).status_code == 200
         assert httpx.get(named.url + "/v1/models", headers={"host": "evil.example"}).status_code == 400
-    with running(tmp_path, "--host", "0.0.0.0", "--allow-anonymous") as anybodys:
+    flags = ("--allow-anonymous", "--public-url", "https://pictures.example", "--cors-origins", "app://Notes")
+    with running(tmp_path, "--host", "0.0.0.0", *flags) as anybodys:
         reached = anybodys.url.replace("0.0.0.0", "127.0.0.1") + "/v1/models"
         assert httpx.get(reached, headers={"host": "gpu-box"}).status_code == 200
         assert httpx.get(reached, headers={"host": "gpu-box", "origin": "http://evil.example"}).status_code == 400
+        for origin in ("https://pictures.example", "app://notes"):
+            assert httpx.get(reached, headers={"host": "inside:8000", "origin": origin}).status_code == 200
 
 
 def test_the_data_directory_is_nobody_elses(tmp_path: Path) -> None:
@@ -197,6 +205,9 @@ def test_a_second_signal_waits_for_nobody(tmp_path: Path) -> None:
     with running(tmp_path, FLUX_LOCAL_FAULTS="slow seconds=0.5") as server, \
             concurrent.futures.ThreadPoolExecutor(1) as pool:  # fmt: skip
         answer = pool.submit(server.post, {**QUICK, "steps": 100})
+        idle = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        idle.sendall(b"POST /v1/images/edits HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+                     b"content-length: 1000\r\n\r\n{")  # fmt: skip
         eventually(lambda: httpx.get(server.url + "/v1/images/requests").json()["data"])
         server.process.send_signal(signal.SIGINT)
         eventually(lambda: "again to stop at once" in server.output)
@@ -204,6 +215,7 @@ def test_a_second_signal_waits_for_nobody(tmp_path: Path) -> None:
         refused = answer.result()
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert server.process.wait(20) == 0
+        idle.close()
 
 
 def test_files_outlive_a_kill(tmp_path: Path) -> None:

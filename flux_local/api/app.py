@@ -20,6 +20,7 @@ from flux_local.api.auth import KeyGate, OwnGate
 from flux_local.api.requests import Requests
 from flux_local.api.routes import later_routes, probes, router
 from flux_local.api.work import Services
+from flux_local.config import is_loopback
 
 PREFIXES = ("/v1", "/openai/v1", "")
 EXPOSED = (
@@ -47,7 +48,8 @@ def create_app(services: Services, requests: Requests) -> ASGIApp:
     if keys := services.settings.keys():
         gated = KeyGate(gated, keys)
     else:
-        gated = OwnGate(gated, services.settings.origins(), services.settings.own_names())
+        any_host, public = not is_loopback(services.settings.host), services.settings.public_name()
+        gated = OwnGate(gated, services.settings.origins(), any_host, public)
     if origins := services.settings.origins():
         gated = CORSMiddleware(gated, allow_origins=origins, allow_methods=["*"], allow_headers=["*"],
                                expose_headers=EXPOSED)  # fmt: skip

@@ -68,13 +68,14 @@ class OwnGate:
 
     Args:
         origins: of the pages that may call, beside the server's own.
-        hosts: names that the server has, beside addresses and `localhost`; None where it may have any.
+        any_host: whether it may be called by any name, or only by addresses, `localhost` and `public`.
+        public: the name in its public address, if it has one.
     """
 
-    def __init__(self, app: ASGIApp, origins: Iterable[str], hosts: Iterable[str] | None) -> None:
+    def __init__(self, app: ASGIApp, origins: Iterable[str], any_host: bool, public: str | None) -> None:
         self.app = app
         self.origins = frozenset(origins)
-        self.hosts = None if hosts is None else frozenset(hosts)
+        self.any_host, self.public = any_host, public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and path_of(scope) not in OPEN and (refusal := self.refusal(scope)):
@@ -87,14 +88,14 @@ class OwnGate:
         """What is wrong with the request, and what its sender or the operator can do."""
         sent = {name: value.decode("latin-1").lower() for name, value in scope["headers"]}
         host, origin = sent.get(b"host", ""), sent.get(b"origin")
-        if self.hosts is not None and not is_local(name_in(f"//{host}")) and name_in(f"//{host}") not in self.hosts:
+        name = name_in(f"//{host}")
+        if not self.any_host and not is_local(name) and name != self.public:
             return (
                 "This server has no API keys and is for its own machine: call it as 127.0.0.1 or localhost. Its "
                 "operator can give it keys, or tell it its name with --public-url."
             )
-        if origin is None or origin in self.origins or origin.partition("://")[2] == host:
-            return None
-        if self.hosts is not None and name_in(origin) in self.hosts:
+        own = origin is None or origin.partition("://")[2] == host or sent.get(b"sec-fetch-site") == "same-origin"
+        if own or origin in self.origins or (self.public is not None and name_in(origin or "") == self.public):
             return None
         return "Web pages of another origin may not call this server. Its operator can allow one with --cors-origins."
 

@@ -137,11 +137,13 @@ class Requests:
     async def resume(self, promised: list[Entry]) -> None:
         """Takes up what an earlier process was told to do, less what was cancelled since."""
         for entry in promised:
+            with contextlib.suppress(StorageFull):  # if it cannot be told, it is done
+                try:
+                    await self.services.history.get(entry.id, entry.owner)
+                except NotFound:
+                    continue
             try:
-                await self.services.history.get(entry.id, entry.owner)
                 work = unpacked(entry, self.services)
-            except NotFound:
-                continue
             except FluxError as error:  # an adapter or the model has gone meanwhile
                 await self._lost(entry, error)
                 continue

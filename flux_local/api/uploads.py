@@ -31,7 +31,8 @@ BODY_LIMIT = 64_000_000
 IMAGE_LIMIT = 50_000_000
 PARTS = 64
 WITHOUT_PICTURES = f"Without its pictures the request may have at most {bodies.JSON_LIMIT:,} bytes."
-DATA_URL = re.compile(rb'"data:[^"]*"')
+PICTURE = re.compile(rb'"(?:data:[^"]*|[a-z0-9+/=_\\-]{1024,})"', re.IGNORECASE)
+"""A string of JSON that is a data URL, or was meant to be one."""
 
 
 async def read(request: Request, decoder: SafeDecoder) -> tuple[dict[str, Any], Source]:
@@ -151,7 +152,7 @@ def adapters_of(path: list[str], scale: list[str]) -> list[dict[str, Any]]:
 
 def from_json(body: bytes) -> tuple[dict[str, Any], list[bytes], list[bytes]]:
     """`image` (or a list of them), `images[].image_url`, `mask`: data URLs, or objects with an `image_url`."""
-    if len(body) > bodies.JSON_LIMIT and len(DATA_URL.sub(b"", body)) > bodies.JSON_LIMIT:
+    if len(body) > bodies.JSON_LIMIT and len(PICTURE.sub(b"", body)) > bodies.JSON_LIMIT:
         raise RequestTooLarge(WITHOUT_PICTURES)
     raw = bodies.parse(body)
     given = {name: value for name, value in raw.items() if name not in ("image", "images", "mask")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 
 import torch
@@ -25,7 +26,8 @@ def describe(device: str) -> str:
         seen = "" if torch.cuda.is_available() else f"; {why_no_gpu()}"
         return f"CPU, {torch.get_num_threads()} threads; torch {torch.__version__}{seen}"
     try:
-        torch.cuda.set_device(device)  # Triton takes the current one
+        if torch.device(device).index is not None:
+            torch.cuda.set_device(device)  # Triton takes the current one
         free, total = torch.cuda.mem_get_info(device)
         capability = torch.cuda.get_device_capability(device)
         torch.ones(8, device=device).sum().item()
@@ -38,6 +40,8 @@ def describe(device: str) -> str:
 
 def why_no_gpu() -> str:
     """Why torch sees none, as far as it can be told."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" and torch.version.cuda is not None:
+        return "no GPU: CUDA_VISIBLE_DEVICES is empty, which hides all"
     if torch.version.cuda is None:
         return "no GPU: this torch is built without CUDA"
     return f"no GPU: this torch wants a driver for CUDA {torch.version.cuda}, and the driver is {driver()}"

@@ -226,8 +226,8 @@ def on_cpu(sizes: Sizes, tiers: Sequence[Tier], host_room: int | None) -> Plan:
         if needed <= free or len(tiers) == 1:
             return Plan(tier, modulation_on_host=tier == "swap")
     raise StartError(
-        f"On the CPU this model needs {everything / 1e9:.0f} GB of memory; {free / 1e9:.0f} GB are free. Free some, or "
-        "run it on a GPU: `flux-local doctor` says why torch sees none."
+        f"On the CPU this model needs {everything / 1e9:.0f} GB of memory; {free / 1e9:.0f} GB are free for it. Free "
+        "some, run it on a GPU (`flux-local doctor` says why torch sees none), or try all the same with --memory full."
     )
 
 
@@ -284,6 +284,11 @@ def room(device: str) -> int | None:
 def host_room(sharing: int = 1) -> int:
     """Free bytes of host memory, and no more than the share of one of so many engines."""
     return min(host_memory("MemAvailable"), host_memory("MemTotal") // sharing)
+
+
+def sharing(device: str, devices: Sequence[str]) -> int:
+    """Engines that may keep weights in host memory as this one does: all on GPUs, or all on the CPU."""
+    return max(1, sum((other == "cpu") == (device == "cpu") for other in devices))
 
 
 def is_exhausted(error: BaseException) -> bool:

@@ -133,9 +133,12 @@ def write(folder: Path, parameters: dict[str, int], psnr: dict[int, float], t5: 
 
 
 def record_training(folder: Path, log: Path) -> None:
-    """Keeps the log's stages beside the weights: the log itself stays where the training was."""
-    if log.is_file():
-        (folder / TRAINING).write_text(stages(log) + "\n")
+    """Keeps the log's stages beside the weights, after those of earlier training: the log itself stays where it is."""
+    if not log.is_file():
+        return
+    known = (folder / TRAINING).read_text().splitlines() if (folder / TRAINING).is_file() else []
+    lines = {line.partition(":")[0]: line for line in (*known, *stages(log).splitlines())}
+    (folder / TRAINING).write_text("\n".join(lines.values()) + "\n")
 
 
 def stages(log: Path) -> str:
