@@ -1,4 +1,4 @@
-"""The direction of imports, as the README's design section gives it."""
+"""The direction of imports, as docs/design.md gives it."""
 
 from __future__ import annotations
 
