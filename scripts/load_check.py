@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
 from gpu_check import Bench, say  # noqa: E402
+from proof.host import Watch  # noqa: E402
 from proof.scale import REAL, SMALL, Scale  # noqa: E402
 
 from flux_local.model import memory  # noqa: E402
@@ -72,34 +72,6 @@ def write_model(folder: Path, device: str, scale: Scale) -> None:
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-
-
-def own_memory() -> int:
-    """Bytes of this process that no file backs."""
-    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
-
-
-class Watch:
-    """The most of its own memory that this process has while the block runs, above what it had before."""
-
-    def __enter__(self) -> Watch:
-        self.before = self.most = own_memory()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.look)
-        self.thread.start()
-        return self
-
-    def look(self) -> None:
-        while not self.done.wait(0.01):
-            self.most = max(self.most, own_memory())
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-    @property
-    def held(self) -> int:
-        return self.most - self.before
 
 
 def load_once(folder: Path, device: str, tier: memory.Tier, side: int) -> dict[str, Any]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
 from pathlib import Path
 
 import torch
+from proof.host import Watch
 from safetensors.torch import save_file
 
 from flux_local.model import prepared
 from flux_local.model.checkpoint import Checkpoint, Part
+from flux_local.model.flux1 import TRANSFORMER
 from flux_local.model.headers import read_header
 from flux_local.model.tensors import Tensors
 
-CONFIG = {"patch_size": 1, "in_channels": 64, "num_layers": 3, "num_single_layers": 3, "attention_head_dim": 128,
-          "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
-          "axes_dims_rope": [16, 56, 56]}  # fmt: skip
+CONFIG = TRANSFORMER | {"num_layers": 3, "num_single_layers": 3}
 SHARD = 1_000_000_000
 
 
@@ -41,12 +39,6 @@ def write_shards(folder: Path) -> list[Path]:
     return files
 
 
-def own_memory() -> int:
-    """Bytes that no file backs."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("RssAnon:")[1].split()[0])
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
     files = write_shards(folder)
@@ -55,21 +47,10 @@ def main() -> None:
     part = Part(tuple(read_header(file) for file in files))
     checkpoint = Checkpoint(folder, folder, {"transformer": part})
     prepared.SHARD = 100_000_000
-    before, most, done = own_memory(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.is_set():
-            most = max(most, own_memory())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    prepared.write(folder / "cache", checkpoint, Tensors(part, "cpu", torch.bfloat16), torch.bfloat16)
-    done.set()
-    watcher.join()
+    with Watch() as watch:
+        prepared.write(folder / "cache", checkpoint, Tensors(part, "cpu", torch.bfloat16), torch.bfloat16)
     sizes = [file.stat().st_size for file in files]
-    sys.stdout.write(json.dumps({"total": sum(sizes), "largest": max(sizes), "held": most - before}))
+    sys.stdout.write(json.dumps({"total": sum(sizes), "largest": max(sizes), "held": watch.held}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from flux_local import weights
 from flux_local.errors import StartError
 from flux_local.model import memory
 from flux_local.model.checkpoint import Checkpoint, identify
-from flux_local.model.flux1 import CONFIGS, SCHEDULER
+from flux_local.model.flux1 import CONFIGS, SCHEDULER, TRANSFORMER
 from flux_local.model.layers import HostLinear, Linear
 from flux_local.model.loader import Pipeline, load
 from flux_local.model.memory import Plan, Sizes, Tier, plan, step_work
@@ -23,11 +23,6 @@ from tests.servers import MODEL, pictures, running, started
 from tests.test_formats import drawn
 
 GB = 1_000_000_000
-KREA: dict[str, Any] = {
-    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
-    "axes_dims_rope": [16, 56, 56],
-}  # fmt: skip
 CARDS: list[tuple[str, int, Tier]] = [
     ("H200", 150 * GB, "both"),
     ("A100 80 GB", 85 * GB, "both"),
@@ -66,7 +61,7 @@ def krea(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     with torch.device("meta"):
         modules = {
-            "transformer": FluxTransformer2DModel.from_config(KREA),
+            "transformer": FluxTransformer2DModel.from_config(TRANSFORMER),
             "vae": AutoencoderKL.from_config(CONFIGS["vae"]),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**CONFIGS["text_encoder"])),
             "text_encoder_2": T5EncoderModel(T5Config(**CONFIGS["text_encoder_2"])),
@@ -74,7 +69,7 @@ def krea(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     for name, module in modules.items():
         (folder / name).mkdir()
         headers_of(module, folder / name / "model.safetensors")
-    (folder / "transformer" / "config.json").write_text(json.dumps(KREA))
+    (folder / "transformer" / "config.json").write_text(json.dumps(TRANSFORMER))
     return identify(folder)
 
 
@@ -91,7 +86,7 @@ def test_the_real_model_has_its_known_sizes(krea: Checkpoint) -> None:
     (krea.home / "transformer" / "config.json").rename(krea.home / "aside")
     told = krea.config("transformer")
     (krea.home / "aside").rename(krea.home / "transformer" / "config.json")
-    assert {name: told[name] for name in KREA} == KREA
+    assert {name: told[name] for name in TRANSFORMER} == TRANSFORMER
 
 
 @pytest.mark.parametrize(("card", "room", "tier"), CARDS)

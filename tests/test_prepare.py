@@ -140,7 +140,12 @@ def test_no_more_than_a_shard_is_held(tmp_path: Path) -> None:
     """FLUX.1's widths with three blocks of each kind, 3 GB in three shards: what is held beside the libraries stays
     under 1.3 shards."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.shards", str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-m", "tests.shards", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+        env=environment(PYTHONPATH="scripts"),
     )
     figures = json.loads(done.stdout)
     assert figures["total"] > 2.5 * figures["largest"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flux_local.model.denoiser import Denoiser, Picture
+from flux_local.model.flux1 import TRANSFORMER
 from flux_local.model.latents import initial_noise
 from flux_local.model.layers import Layers
 from flux_local.model.loader import Pipeline
@@ -18,10 +19,7 @@ from flux_local.model.transformer import FluxTransformer, Geometry
 from tests.servers import MODEL
 
 TOLERANCE = 1e-5
-FULL_WIDTHS = {
-    "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
-    "num_layers": 2, "num_single_layers": 2, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),
-}  # fmt: skip
+FULL_WIDTHS = TRANSFORMER | {"num_layers": 2, "num_single_layers": 2}
 SMALL = FULL_WIDTHS | {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
 
 

@@ -1,12 +1,26 @@
 """FLUX.1's own configurations, for checkpoints that bring none: single files hold tensors and nothing else.
 
 The figures are those of the `config.json` files in Black Forest Labs' diffusers repositories. All FLUX.1 models share
-these components; the transformer's is read off its tensors.
+these components.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+TRANSFORMER: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": [16, 56, 56],
+}
+"""Of the [dev] models; a checkpoint's own is read off its tensors."""
 
 AUTOENCODER: dict[str, Any] = {
     "_class_name": "AutoencoderKL",

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-FLUX = {
-    "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128,
-    "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),
-}  # fmt: skip
+from flux_local.model.flux1 import TRANSFORMER
+
 LATENTS = {
     "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611,
     "shift_factor": 0.1159,
@@ -33,7 +31,7 @@ class Scale:
 
 
 REAL = Scale(
-    transformer=FLUX,
+    transformer=TRANSFORMER,
     vae={"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32, **LATENTS},
     t5={"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64},
     text=512,
@@ -43,7 +41,7 @@ REAL = Scale(
     ceiling=8192,
 )
 SMALL = Scale(
-    transformer=FLUX | {
+    transformer=TRANSFORMER | {
         "num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
         "joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6),
     },
