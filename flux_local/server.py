@@ -89,11 +89,11 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         stop = asyncio.create_task(stopping.wait())
         await first_of(starting, stop, serving, dispatcher.dead)
         if starting.done():
+            await requests.resume(promised)
+            del promised  # megabytes, where edits were among them
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             announce(f"http://{shown}:{port}", model.name, starting.result())
-            await requests.resume(promised)
-            del promised  # megabytes, where edits were among them
             await first_of(stop, serving, dispatcher.dead)
         starting.cancel()
         dispatcher.draining = True

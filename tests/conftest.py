@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from flux_local import weights
@@ -12,6 +13,10 @@ from tests.servers import MODEL, Server, running
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is first imported
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere; `make gpu-check` is for a GPU
+
+
+hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("here")
 
 
 @pytest.fixture(scope="session")

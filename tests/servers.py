@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,8 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "weights" / "flux-krea-mini"
 START_LIMIT = 60.0
+NOTHING_OF_THE_USERS = {"FLUX_LOCAL_SAFETY_MODEL": "no-checker", "FLUX_LOCAL_LORAS_DIR": "no-adapters",
+                        "FLUX_LOCAL_CACHE_DIR": "no-cache"}  # fmt: skip
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)  # type: ignore[arg-type]
 
     def post(self, body: object, path: str = "/v1/images/generations", **options: object) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, **{"timeout": 60, **options})  # type: ignore[arg-type]
+        return httpx.post(self.url + path, json=body, **{"timeout": 150, **options})  # type: ignore[arg-type]
 
     def engine(self) -> psutil.Process:
         """The engine process."""
@@ -61,7 +65,7 @@ class Server:
 def environment(**extra: str) -> dict[str, str]:
     """The process's own, without settings that somebody may have exported."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FLUX_LOCAL_")}
-    return {**kept, "PYTHONUNBUFFERED": "1", "FLUX_LOCAL_SAFETY_MODEL": "no-checker", **extra}
+    return {**kept, "PYTHONUNBUFFERED": "1", **NOTHING_OF_THE_USERS, **extra}
 
 
 @contextlib.contextmanager
@@ -111,6 +115,17 @@ def eventually(condition: object, limit: float = 30.0) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+def leaving_after(server: Server, body: object, condition: object, headers: dict[str, str] | None = None) -> None:
+    """Sends a request for pictures and closes the connection as soon as the condition holds."""
+    host, port = server.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = {"host": host, "content-type": "application/json", "content-length": str(len(content)), **(headers or {})}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"POST /v1/images/generations HTTP/1.1\r\n{lines}\r\n".encode() + content)
+        eventually(condition)
 
 
 def pictures(answer: httpx.Response) -> list[str]:

@@ -31,7 +31,12 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         began = time.monotonic()
         assert flux("--help").returncode == 0
         seconds.append(time.monotonic() - began)
-    assert min(seconds) < 0.5
+    bare = []
+    for _ in range(3):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", "pass"], check=True)
+        bare.append(time.monotonic() - began)
+    assert min(seconds) < max(0.5, 15 * min(bare)), "half a second, on a machine that starts Python in 30 ms"
     code = "import sys; from flux_local.cli import parser; parser(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not {"torch", "diffusers", "transformers", "fastapi", "uvicorn", "PIL"} & set(loaded.stdout.split())

@@ -53,11 +53,11 @@ def test_training_never_draws_what_is_held_out() -> None:
 
 @pytest.mark.parametrize(
     ("things", "bounds"),
-    [(1, {"background": 97, "colour": 96, "size": 96, "shape": 91}), (2, {"background": 97, "relation": 80})],
+    [(1, {"background": 95, "colour": 95, "size": 95, "shape": 87}), (2, {"background": 95, "relation": 80})],
     ids=["one", "two"],
 )
 def test_it_draws_what_prompts_say(pipeline: Any, mini: ModelInfo, things: int, bounds: dict[str, float]) -> None:
-    """Bounds a little under the model card's, for a sample this small."""
+    """Bounds under the model card's by what a sample this small may be off."""
     asked = questions(SAMPLE, things, 128, 128)
     pictures = paint(pipeline, [q.prompt for q in asked], 128, 128, mini.default_steps)
     verdicts = [judge(p, q.scene, q.mentions_size) for p, q in zip(pictures, asked, strict=True)]

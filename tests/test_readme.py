@@ -19,7 +19,8 @@ def test_its_tables_are_those_of_the_code() -> None:
 
 
 def test_what_it_links_to_is_there() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "weights").glob("**/README.md"), *(ROOT / "docs").glob("**/*.md")):
+    weights = (ROOT / "weights" / "README.md", ROOT / "weights" / "flux-krea-mini" / "README.md")
+    for page in (ROOT / "README.md", *weights, *(ROOT / "docs").glob("**/*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page}: {target}"
 

@@ -76,9 +76,9 @@ def test_the_start_ends_at_once_with_4(folder: Path, tmp_path: Path) -> None:
     for _ in range(3):
         began = time.monotonic()
         done = subprocess.run(
-            [*command, str(tmp_path / "data")], capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=20
+            [*command, str(tmp_path / "data")], capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=60
         )
         seconds.append(time.monotonic() - began)
         assert done.returncode == 4
         assert "text_encoder_2/model.safetensors" in done.stderr
-    assert min(seconds) < 2
+    assert min(seconds) < 3
