@@ -1,4 +1,4 @@
-"""Says what a picture shows, by plain measurement: nearest palette colour, best template by overlap.
+"""Says what a picture shows, by plain measurement: nearest palette colour, best outline by overlap.
 
 A background has one colour in each row. Knows the palette and the outlines, nothing of models. `judge` compares what it
 sees with the scene that was asked for.
@@ -7,7 +7,7 @@ sees with the scene that was asked for.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +23,7 @@ from .drawings import (
     RELATIONS,
     ROWS,
     SHAPES,
+    Rgb,
     Scene,
     World,
     middle_of,
@@ -32,12 +33,15 @@ from .drawings import (
 
 NAMES = list(COLOURS)
 PALETTE = np.array([COLOURS[name] for name in NAMES], dtype=np.float32)
-TEMPLATE = 48
+FINE = 4
+"""Subpixels a side of a pixel, of what a thing is compared with."""
+LEAST = 0.75
+"""Overlap with the best outline under which a thing has no shape."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One thing in a picture. Centre and radius in pixels; the latter is estimated from the area."""
+    """One thing in a picture. Centre and radius in pixels, the latter estimated from the area. `shape` may be empty."""
 
     colour: str
     shape: str
@@ -63,19 +67,7 @@ class Verdict:
         return False not in (self.background, self.colour, self.shape, self.size, self.relation, self.place)
 
 
-def mask_of(shape: str) -> np.ndarray:
-    """The shape filling a square of TEMPLATE pixels."""
-    picture = Image.new("L", (4 * TEMPLATE, 4 * TEMPLATE))
-    points = np.array(outline(shape, 0.0, 0.0, 1.0))
-    low, high = points.min(axis=0), points.max(axis=0)
-    scaled = (points - low) / (high - low) * (4 * TEMPLATE - 1)
-    ImageDraw.Draw(picture).polygon([tuple(p) for p in scaled], fill=255)
-    return np.asarray(picture.resize((TEMPLATE, TEMPLATE), Image.Resampling.BOX)) > 127
-
-
-TEMPLATES = {shape: mask_of(shape) for shape in SHAPES}
-# A shape's area over the square of its radius, to get the radius back from the area.
-AREA = {shape: middle_of(shape)[0] for shape in SHAPES}
+MIDDLES = {shape: middle_of(shape) for shape in SHAPES}
 
 
 def nearest_colours(pixels: np.ndarray, world: World = FIRST) -> np.ndarray:
@@ -149,24 +141,51 @@ def look(picture: Image.Image, world: World = FIRST) -> tuple[str, list[Seen]]:
         if not inside.any():
             continue
         name = world.colours[int(inside.argmax())]
-        to_thing = ((pixels.astype(np.float32) - np.array(COLOURS[name], np.float32)) ** 2).sum(axis=-1)
-        things.append(measure(region & (to_thing < from_background), name, world))
+        things.append(measure(np.where(region, cover(pixels, rows, COLOURS[name]), 0.0), name, world))
     return world.colours[int(counts.argmax())], [thing for thing in things if thing is not None]
 
 
-def measure(mask: np.ndarray, colour: str, world: World = FIRST) -> Seen | None:
-    """The shape whose template, stretched to the region's bounding box, overlaps best (intersection over union)."""
-    rows, columns = np.nonzero(mask)
-    if len(rows) < 12:
+def cover(pixels: np.ndarray, rows: np.ndarray, colour: Rgb) -> np.ndarray:
+    """[height, width]: how much of each pixel is a thing's colour, from 0 for the background's to 1."""
+    away = np.array(colour, np.float32) - rows[:, None]
+    along = ((pixels.astype(np.float32) - rows[:, None]) * away).sum(axis=-1)
+    share: np.ndarray = (along / np.maximum((away**2).sum(axis=-1), 1.0)).clip(0.0, 1.0)
+    return share
+
+
+def measure(share: np.ndarray, colour: str, world: World = FIRST) -> Seen | None:
+    """The shape whose outline of the same area about the same centre of gravity overlaps best.
+
+    Overlap is intersection over union of how much each pixel is covered: blunt corners and soft edges cost some of it,
+    and make no other shape of a thing.
+    """
+    total = float(share.sum())
+    if total < 12:
         return None
-    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
-    cut = Image.fromarray(mask.astype(np.uint8) * 255).crop(box).resize((TEMPLATE, TEMPLATE), Image.Resampling.BOX)
-    cut_mask = np.asarray(cut) > 127
-    overlap = {s: float((cut_mask & t).sum() / max(1, (cut_mask | t).sum())) for s, t in TEMPLATES.items()}
-    shape = max(world.shapes, key=overlap.__getitem__)
-    radius = float(np.sqrt(mask.sum() / AREA[shape]))
-    centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-    return Seen(colour, shape, centre, radius, overlap[shape])
+    rows, columns = np.nonzero(share > 0)
+    left, top = int(columns.min()), int(rows.min())
+    cut = share[top : rows.max() + 1, left : columns.max() + 1]
+    x = float((cut.sum(axis=0) * (np.arange(cut.shape[1]) + 0.5)).sum()) / total
+    y = float((cut.sum(axis=1) * (np.arange(cut.shape[0]) + 0.5)).sum()) / total
+    found = []
+    for shape in world.shapes:
+        area, off_x, off_y = MIDDLES[shape]
+        radius = math.sqrt(total / area)
+        centre = (x - off_x * radius, y - off_y * radius)
+        drawn = covered(shape, centre, radius, cut.shape)
+        # What of the outline lies outside the thing's own box is in no pixel of both.
+        overlap = float(np.minimum(cut, drawn).sum() / (np.maximum(cut, drawn).sum() + total - drawn.sum()))
+        found.append(Seen(colour, shape, (left + centre[0], top + centre[1]), radius, overlap))
+    best = max(found, key=lambda seen: seen.overlap)
+    return best if best.overlap >= LEAST else replace(best, shape="")
+
+
+def covered(shape: str, centre: tuple[float, float], radius: float, size: tuple[int, ...]) -> np.ndarray:
+    """[height, width]: how much of each pixel an outline covers, which may reach beyond."""
+    height, width = size
+    picture = Image.new("L", (FINE * width, FINE * height))
+    ImageDraw.Draw(picture).polygon(outline(shape, FINE * centre[0], FINE * centre[1], FINE * radius), fill=255)
+    return np.asarray(picture.reduce(FINE), dtype=np.float32) / 255
 
 
 def in_order(things: list[Seen], relation: str) -> bool:
