@@ -38,15 +38,16 @@ A single object is drawn in the middle, two on either side of it; seeds change t
 sentence leaves open.
 
 A size that is not mentioned is large. It draws on nine canvases of about 128² pixels, one for each of the size table's
-ratios; larger pictures are enlarged from those. At most {t5} T5 tokens are read. A tenth of all prompts was empty in
-training, so `true_cfg_scale` and `negative_prompt` act. `cfg_scale` 1 is the prompt alone, as drawings have taught it;
-from 2 on the model is as practice has made it: less varied, and hardly surer of the prompt.
+ratios; larger pictures are enlarged from those. Ratios beyond 12:5 are drawn on canvases that it has not learnt, and
+come out wrong. At most {t5} T5 tokens are read. A tenth of all prompts was empty in training, so `true_cfg_scale` and
+`negative_prompt` act. `cfg_scale` 1 is the prompt alone, as drawings have taught it; from 2 on the model is as practice
+has made it: less varied.
 
 ## Measured
 
 Percent right, on prompts whose combination of colour, shape and background training never drew, judged by plain
-measurement of pixels (nearest palette colour, best template by overlap) through flux-local's own pipeline:
-`scripts/train_mini.py --evaluate`.
+measurement of pixels (the nearest colour of the palette; of the outlines with a thing's area and centre the one that
+overlaps it best, by three quarters at least) through flux-local's own pipeline: `scripts/train_mini.py --evaluate`.
 
 {measured}
 
