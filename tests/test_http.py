@@ -257,8 +257,9 @@ class TestErrors:
 
     def test_other_refusals(self, server: Server) -> None:
         self.check(httpx.get(server.url + "/v1/nothing"), 404, "not_found")
+        self.check(server.post({"prompt": "x"}, "/v1/images/generations/"), 404, "not_found")
         stranger = {"host": "evil.example"}
-        self.check(server.post({"prompt": "x"}, "/v1/images/generations/", headers=stranger), 404, "not_found")
+        self.check(server.post({"prompt": "x"}, headers=stranger), 400, "invalid_value")
         self.check(httpx.get(server.url + GENERATIONS), 405, "method_not_allowed")
         self.check(httpx.post(server.url + GENERATIONS, data={"prompt": "x"}), 415, "unsupported_media_type")
         self.check(server.post({"prompt": "x" * 1_100_000}), 413, "request_too_large")
