@@ -1,1 +1,1 @@
-"""What `scripts/train_mini.py` is made of: drawings, tokenizers, the two training stages, and the judge."""
+"""What `scripts/train_mini.py` is made of: drawings, tokenizers, the stages of training, and the judge."""
