@@ -39,10 +39,10 @@ sentence leaves open.
 
 A size that is not mentioned is large. It draws on nine canvases of about 128² pixels, one for each of the size table's
 ratios; larger pictures are enlarged from those. Other sizes may get canvases that it has not learnt: of 40 pairs, 29
-are right on 160×96, 31 on 208×80, 24 on 224×80, 28 on 80×224, and none on 240×64 and 64×256 (`--evaluate
---brief --count 80 --canvases …` on a copy). At most {t5} T5 tokens are read. A tenth of all prompts was empty in training, so `true_cfg_scale` and
-`negative_prompt` act. `cfg_scale` 1 is the prompt alone, as drawings have taught it; from 2 on the model is as practice
-has made it: less varied.
+are right on 160×96, 31 on 208×80, 24 on 224×80, 28 on 80×224, and none on 240×64 and 64×256 (on a copy: `--evaluate
+--brief --count 80 --canvases 160x96 208x80 224x80 80x224 240x64 64x256`). At most {t5} T5 tokens are read. A tenth of
+all prompts was empty in training, so `true_cfg_scale` and `negative_prompt` act. `cfg_scale` 1 is the prompt alone, as
+drawings have taught it; from 2 on the model is as practice has made it: less varied.
 
 ## Measured
 
