@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -71,6 +71,7 @@ class Pending:
     steps_left: int
     on_event: OnEvent | None
     engine: Supervisor | None = None
+    asked: float = field(default_factory=time.monotonic)
     begun: bool = False
     """Whether its engine has told of a step."""
     crashes: int = 0
@@ -80,11 +81,11 @@ class Pending:
 
 @dataclass
 class Held:
-    """The part of an admitted request that has not come as jobs yet. `work`: image tokens times steps."""
+    """The part of an admitted request that has not come as jobs yet. `token_steps`: image tokens times steps."""
 
     owner: str
     pictures: int
-    work: int
+    token_steps: int
 
 
 class Dispatcher:
@@ -105,6 +106,8 @@ class Dispatcher:
         self.held: dict[str, Held] = {}
         self.refused: dict[bytes, float] = {}
         self.token_seconds = 1e-4
+        self.placed_again = 0
+        """Pictures given to an engine once more after a fall."""
         self.dead: asyncio.Future[StartError] = asyncio.get_running_loop().create_future()
         self.engines = [
             Supervisor(folder, device, limits.patience, limits.max_falls, limits.window,
@@ -170,7 +173,7 @@ class Dispatcher:
         self._check_refused(job)
         if held := self.held.get(request_of(job.id)):
             held.pictures -= 1
-            held.work -= work_of(job)
+            held.token_steps -= token_steps_of(job)
         job = msgspec.structs.replace(job, serial=next(self._serials))
         future: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
         pending = Pending(job, future, job.steps - job.skip, on_event)
@@ -188,11 +191,11 @@ class Dispatcher:
         if self.refused and fingerprint(job) in self.refused:
             raise RequestCrashes
 
-    def admit(self, request: str, owner: str, pictures: int, work: int, seconds: float) -> None:
+    def admit(self, request: str, owner: str, pictures: int, token_steps: int, seconds: float) -> None:
         """Takes a request in, if there is room for all of it; `release` it when it has ended.
 
         Args:
-            work: image tokens times steps, of all pictures.
+            token_steps: image tokens times steps, of all pictures.
             seconds: that its client gives it.
 
         Raises:
@@ -200,16 +203,16 @@ class Dispatcher:
             much waits. NotReady: the engines are still starting. Draining: the server stops. An engine that is being
             replaced refuses nothing: what is admitted meanwhile waits for it.
         """
-        self.check_open(owner, pictures, work)
-        alone = work * self.token_seconds * BATCH_GAIN / self._working
+        self.check_open(owner, pictures, token_steps)
+        alone = token_steps * self.token_seconds * BATCH_GAIN / self._working
         if alone > 2 * seconds:
             raise DeadlineExceeded(
                 f"This would take about {alone:.0f} s, and the time for it is {seconds:g} s. Ask for fewer steps or "
                 "pictures, or give more time in 'X-Request-Timeout'."
             )
-        self.held[request] = Held(owner, pictures, work)
+        self.held[request] = Held(owner, pictures, token_steps)
 
-    def check_open(self, owner: str, pictures: int, work: int) -> None:
+    def check_open(self, owner: str, pictures: int, token_steps: int) -> None:
         """Whether a request of the owner's would be taken now.
 
         Raises:
@@ -219,21 +222,17 @@ class Dispatcher:
             raise Draining("The server is stopping. Send the request to another one, or try again.", retry_after=5)
         if not self.started:
             raise NotReady("The model is still loading. Try again in a few seconds.", retry_after=5)
-        self._check_room(pictures, work, 1.0, None)
+        self._check_room(pictures, token_steps, 1.0, None)
         if self.limits.share < 1:
-            self._check_room(pictures, work, self.limits.share, owner)
+            self._check_room(pictures, token_steps, self.limits.share, owner)
 
     def release(self, request: str) -> None:
         self.held.pop(request, None)
 
-    def _check_room(self, pictures: int, work: int, share: float, owner: str | None) -> None:
+    def _check_room(self, pictures: int, token_steps: int, share: float, owner: str | None) -> None:
         """Raises `RateLimited` unless this share of what may wait has room beside what the owner, or all, have."""
-        jobs = [p for p in self.pending.values() if owner in (None, p.job.owner)]
-        held = [h for h in self.held.values() if owner in (None, h.owner)]
-        waiting = len(jobs) + sum(h.pictures for h in held)
-        ahead = sum(map(self._cost, jobs)) + sum(h.work for h in held) * self.token_seconds
-        seconds = ahead / self._working
-        over = seconds + work * self.token_seconds / self._working - share * self.limits.seconds
+        waiting, seconds = self.ahead(owner)
+        over = seconds + token_steps * self.token_seconds / self._working - share * self.limits.seconds
         too_many = waiting + pictures - max(1, share * self.limits.pictures)
         # A request that nothing is before is taken however long it is.
         if not waiting or (too_many <= 0 and over <= 0):
@@ -244,6 +243,13 @@ class Dispatcher:
             "in Retry-After, or ask for fewer or smaller ones or for fewer steps.",
             retry_after=min(120, max(1, math.ceil(wait))),
         )
+
+    def ahead(self, owner: str | None = None) -> tuple[int, float]:
+        """Pictures that the owner, or all, have been promised, and the seconds that they take by measured speed."""
+        jobs = [p for p in self.pending.values() if owner in (None, p.job.owner)]
+        held = [h for h in self.held.values() if owner in (None, h.owner)]
+        seconds = sum(map(self._cost, jobs)) + sum(h.token_steps for h in held) * self.token_seconds
+        return len(jobs) + sum(h.pictures for h in held), seconds / self._working
 
     def outlook(self, request: str) -> tuple[int, float]:
         """Pictures of other requests that came before this one's, and an estimate of the seconds until it is done."""
@@ -325,6 +331,7 @@ class Dispatcher:
                     self._settle(pending, InternalError("The engine was ended too often. Ask the server's operator."))
                     continue
             pending.engine, pending.begun = None, False
+            self.placed_again += 1
             self._place(pending)
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
@@ -381,7 +388,7 @@ def request_of(job_id: str) -> str:
     return job_id.rpartition("-")[0]
 
 
-def work_of(job: Job) -> int:
+def token_steps_of(job: Job) -> int:
     return job.steps_computed * job.tokens
 
 

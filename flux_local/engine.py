@@ -56,7 +56,7 @@ log = logging.getLogger("flux_local.engine")
 
 
 @dataclass(eq=False, slots=True)
-class Work:
+class Drawing:
     """A job on its way. Times are seconds of the monotonic clock."""
 
     job: Job
@@ -90,7 +90,7 @@ class Engine:
         self.faults = Faults()
         self.scheduler = Scheduler(self.rows_limit)
         self.limits: dict[tuple[int, int], int] = {}
-        self.work: dict[str, Work] = {}
+        self.drawings: dict[str, Drawing] = {}
         self.next_deadline = math.inf
         """Before it no job expires."""
         self.decoding: OrderedDict[Decoding, Generator[None, None, bytes]] = OrderedDict()
@@ -106,9 +106,9 @@ class Engine:
     def run(self) -> None:
         """Until the other end closes (`EOFError`)."""
         while True:
-            if not self.work:
+            if not self.drawings:
                 self.pulse.enter(Phase.IDLE)
-            for message in self.channel.receive(wait=not self.work):
+            for message in self.channel.receive(wait=not self.drawings):
                 match message:
                     case Job():
                         self.accept(message)
@@ -120,7 +120,7 @@ class Engine:
         now = time.monotonic()
         steps = job.steps - job.skip
         ends = advances(job.computed or (True,) * steps)
-        self.work[job.id] = Work(job, now, steps, partial_steps(ends, job.partials))
+        self.drawings[job.id] = Drawing(job, now, steps, partial_steps(ends, job.partials))
         self.next_deadline = min(self.next_deadline, math.inf if job.deadline is None else job.deadline)
         self.schedule(job, now)
 
@@ -132,7 +132,7 @@ class Engine:
         )
 
     def drop(self, id: str) -> None:
-        self.work.pop(id, None)
+        self.drawings.pop(id, None)
         for decoding in [d for d in self.decoding if d[0] == id]:
             del self.decoding[decoding]
         for unchecked in [d for d in self.unchecked if d[0] == id]:
@@ -153,9 +153,9 @@ class Engine:
     def expire(self, now: float) -> None:
         if now <= self.next_deadline:
             return
-        for work in [w for w in self.work.values() if w.job.deadline is not None and now > w.job.deadline]:
-            self.end_with(work, DeadlineExceeded("The time for this request has passed."))
-        deadlines = [work.job.deadline for work in self.work.values()]
+        for drawing in [w for w in self.drawings.values() if w.job.deadline is not None and now > w.job.deadline]:
+            self.end_with(drawing, DeadlineExceeded("The time for this request has passed."))
+        deadlines = [drawing.job.deadline for drawing in self.drawings.values()]
         self.next_deadline = min((d for d in deadlines if d is not None), default=math.inf)
 
     def rows_limit(self, canvas: tuple[int, int]) -> int:
@@ -164,29 +164,29 @@ class Engine:
         tokens = canvas[0] * canvas[1] // 256
         return min(self.limits.get(canvas, BATCH_ROWS), max(1, FULL_AT_TOKENS // tokens))
 
-    def next_batch(self) -> list[Work]:
+    def next_batch(self) -> list[Drawing]:
         """The scheduler's choice, less those whose beginning would make pictures under way wait more than one's."""
-        chosen = [self.work[id] for id in self.scheduler.next_batch()]
-        under_way = any(work.picture is not None for work in chosen)
-        for work in chosen:
-            if work.picture is None:
-                self.begin(work)
+        chosen = [self.drawings[id] for id in self.scheduler.next_batch()]
+        under_way = any(drawing.picture is not None for drawing in chosen)
+        for drawing in chosen:
+            if drawing.picture is None:
+                self.begin(drawing)
                 if under_way:
                     break
-        ready = [self.scheduler.entries[work.job.id] for work in chosen if work.picture is not None]
+        ready = [self.scheduler.entries[drawing.job.id] for drawing in chosen if drawing.picture is not None]
         if not ready:
             return []
-        batch = [self.work[entry.id] for entry in self.scheduler.fitting(ready)]
+        batch = [self.drawings[entry.id] for entry in self.scheduler.fitting(ready)]
         return batch if self.proved(batch) else batch[:1]
 
-    def proved(self, batch: list[Work]) -> bool:
+    def proved(self, batch: list[Drawing]) -> bool:
         """Whether the batch's shape keeps every picture's bits; one that does not is not used again."""
-        rows = sum(work.job.rows for work in batch)
+        rows = sum(drawing.job.rows for drawing in batch)
         if len(batch) == 1:
             return True
         canvas = (batch[0].job.width, batch[0].job.height)
         assert batch[0].picture is not None
-        self.pulse.enter(Phase.PROVE, tuple(work.job.serial for work in batch))
+        self.pulse.enter(Phase.PROVE, tuple(drawing.job.serial for drawing in batch))
         try:
             proved = self.pipeline.denoiser_for(batch[0].job.go_fast).independent(
                 *canvas, rows, batch[0].picture.prompt
@@ -204,28 +204,28 @@ class Engine:
             self.limits[canvas] = rows // 2
         return proved
 
-    def begin(self, work: Work) -> None:
+    def begin(self, drawing: Drawing) -> None:
         """Begins the job's picture, or fails the job."""
-        self.pulse.enter(Phase.BEGIN, (work.job.serial,))
+        self.pulse.enter(Phase.BEGIN, (drawing.job.serial,))
         started = time.monotonic()
         try:
-            work.picture = begin_picture(self.pipeline, work.job, self.prompts)
+            drawing.picture = begin_picture(self.pipeline, drawing.job, self.prompts)
         except FluxError as error:
-            self.end_with(work, error)
+            self.end_with(drawing, error)
             return
         except Exception as error:  # the boundary of a request
-            self.after_error([work], error)
+            self.after_error([drawing], error)
             return
-        work.begun = time.monotonic()
-        work.encode_s = work.begun - started
+        drawing.begun = time.monotonic()
+        drawing.encode_s = drawing.begun - started
 
-    def step(self, batch: list[Work]) -> None:
+    def step(self, batch: list[Drawing]) -> None:
         """One denoising step; pictures that are through go on to be decoded."""
-        pictures = [work.picture for work in batch if work.picture is not None]
-        self.pulse.enter(Phase.STEP, tuple(work.job.serial for work in batch))
+        pictures = [drawing.picture for drawing in batch if drawing.picture is not None]
+        self.pulse.enter(Phase.STEP, tuple(drawing.job.serial for drawing in batch))
         started = time.monotonic()
         try:
-            self.faults.before_step([work.job.prompt for work in batch], pictures)
+            self.faults.before_step([drawing.job.prompt for drawing in batch], pictures)
             self.pipeline.adapt(batch[0].job.loras, batch[0].job.go_fast)
             self.pipeline.denoiser_for(batch[0].job.go_fast, batch[0].careful).advance(pictures)
         except Exception as error:  # the boundary of a request: whatever the model raises costs its batch only
@@ -233,21 +233,21 @@ class Engine:
             return
         seconds = time.monotonic() - started
         self.measure(batch, seconds)
-        for work in batch:
-            left = self.scheduler.stepped(work.job.id, seconds * work.job.rows / sum(w.job.rows for w in batch))
-            assert work.picture is not None
-            step = work.picture.step
-            if started + seconds - work.reported >= REPORT_EVERY:
-                work.reported = started + seconds
-                self.channel.send(Step(work.job.id, step, work.steps, seconds / len(batch)))
+        for drawing in batch:
+            left = self.scheduler.stepped(drawing.job.id, seconds * drawing.job.rows / sum(w.job.rows for w in batch))
+            assert drawing.picture is not None
+            step = drawing.picture.step
+            if started + seconds - drawing.reported >= REPORT_EVERY:
+                drawing.reported = started + seconds
+                self.channel.send(Step(drawing.job.id, step, drawing.steps, seconds / len(batch)))
             if left == 0:
-                work.denoised = time.monotonic()
-                self.scheduler.remove(work.job.id)
-                self.decode(work, work.picture.latents)
-            elif step in work.partial_steps:
-                self.decode(work, work.picture.estimate(), work.partial_steps.index(step))
+                drawing.denoised = time.monotonic()
+                self.scheduler.remove(drawing.job.id)
+                self.decode(drawing, drawing.picture.latents)
+            elif step in drawing.partial_steps:
+                self.decode(drawing, drawing.picture.estimate(), drawing.partial_steps.index(step))
 
-    def after_error(self, batch: list[Work], error: Exception) -> None:
+    def after_error(self, batch: list[Drawing], error: Exception) -> None:
         """Out of memory, a batch is tried again in smaller ones, and a picture alone once more; else its jobs fail.
 
         A device that is lost ends the process: its supervisor starts another and places the work anew.
@@ -258,8 +258,8 @@ class Engine:
             raise error
         if not memory.is_exhausted(error):
             log.error("%d pictures failed", len(batch), exc_info=error)
-            for work in batch:
-                self.end_with(work, InternalError(f"The model failed ({type(error).__name__}). Try again."))
+            for drawing in batch:
+                self.end_with(drawing, InternalError(f"The model failed ({type(error).__name__}). Try again."))
             return
         self.pipeline.make_room()
         canvas = (batch[0].job.width, batch[0].job.height)
@@ -274,22 +274,22 @@ class Engine:
         else:
             batch[0].retried = True
 
-    def measure(self, batch: list[Work], seconds: float) -> None:
+    def measure(self, batch: list[Drawing], seconds: float) -> None:
         """Keeps the price of a token's step up to date, for the scheduler's costs."""
         self.step_seconds = seconds
-        tokens = sum(work.job.tokens for work in batch)
+        tokens = sum(drawing.job.tokens for drawing in batch)
         self.seconds_per_token += 0.1 * (seconds / tokens - self.seconds_per_token)
 
-    def decode(self, work: Work, latents: Tensor, partial: int | None = None) -> None:
+    def decode(self, drawing: Drawing, latents: Tensor, partial: int | None = None) -> None:
         """Has latents decoded, after those that came before, in parts between steps."""
-        decoding = self.pipeline.vae.decoding(latents, work.job.width, work.job.height)
-        self.decoding[work.job.id, partial] = decoding
+        decoding = self.pipeline.vae.decoding(latents, drawing.job.width, drawing.job.height)
+        self.decoding[drawing.job.id, partial] = decoding
 
     def decode_some(self) -> None:
         """Goes on with the first decoding for about the time of a step; delivers the picture when it is through."""
         id, partial = first = next(iter(self.decoding))
-        work = self.work[id]
-        self.pulse.enter(Phase.DECODE, (work.job.serial,))
+        drawing = self.drawings[id]
+        self.pulse.enter(Phase.DECODE, (drawing.job.serial,))
         until = time.monotonic() + DECODE_SHARE * self.step_seconds
         try:
             while True:
@@ -298,25 +298,25 @@ class Engine:
                     return
         except StopIteration as end:
             del self.decoding[first]
-            if self.checker is not None and work.job.check:
+            if self.checker is not None and drawing.job.check:
                 self.unchecked[first] = end.value
-                self.checker.submit(first, end.value, work.job.width, work.job.height)
+                self.checker.submit(first, end.value, drawing.job.width, drawing.job.height)
             else:
                 self.give_out(first, end.value)
         except ArithmeticError:
             del self.decoding[first]
             if partial is None:
-                self.redraw_or_give_up(work)
+                self.redraw_or_give_up(drawing)
         except Exception as error:  # the boundary of a request
             del self.decoding[first]
-            self.after_error([work], error)
-            if id in self.work and partial is None and work.picture is not None:
-                self.decode(work, work.picture.latents)
+            self.after_error([drawing], error)
+            if id in self.drawings and partial is None and drawing.picture is not None:
+                self.decode(drawing, drawing.picture.latents)
 
     def give_out(self, decoded: Decoding, pixels: bytes) -> None:
         id, partial = decoded
         if partial is None:
-            self.deliver(self.work[id], pixels)
+            self.deliver(self.drawings[id], pixels)
         else:
             self.channel.send(Partial(id, partial, pixels))
 
@@ -332,38 +332,38 @@ class Engine:
             if not flagged:
                 self.give_out(decoded, pixels)
             elif decoded[1] is None:
-                self.deliver(self.work[decoded[0]], b"", flagged=True)
+                self.deliver(self.drawings[decoded[0]], b"", flagged=True)
 
-    def redraw_or_give_up(self, work: Work) -> None:
+    def redraw_or_give_up(self, drawing: Drawing) -> None:
         """A picture that is not finite is drawn once more, alone and by plain operations, before it is given up."""
-        if work.careful:
-            self.end_with(work, GenerationInvalid("The model produced no valid picture for this request."))
+        if drawing.careful:
+            self.end_with(drawing, GenerationInvalid("The model produced no valid picture for this request."))
             return
         log.warning("a picture was not finite; drawing it again")
-        work.careful, work.picture = True, None
-        self.schedule(msgspec.structs.replace(work.job, alone=True), work.arrived)
+        drawing.careful, drawing.picture = True, None
+        self.schedule(msgspec.structs.replace(drawing.job, alone=True), drawing.arrived)
 
-    def deliver(self, work: Work, pixels: bytes, flagged: bool = False) -> None:
-        picture = work.picture
+    def deliver(self, drawing: Drawing, pixels: bytes, flagged: bool = False) -> None:
+        picture = drawing.picture
         assert picture is not None
-        self.drop(work.job.id)
+        self.drop(drawing.job.id)
         self.channel.send(
             Done(
-                id=work.job.id,
+                id=drawing.job.id,
                 pixels=pixels,
                 text_tokens=picture.prompt.tokens,
                 prompt_read=picture.prompt.read,
-                queue_s=work.begun - work.encode_s - work.arrived,
-                encode_s=work.encode_s,
-                denoise_s=work.denoised - work.begun,
-                decode_s=time.monotonic() - work.denoised,
+                queue_s=drawing.begun - drawing.encode_s - drawing.arrived,
+                encode_s=drawing.encode_s,
+                denoise_s=drawing.denoised - drawing.begun,
+                decode_s=time.monotonic() - drawing.denoised,
                 flagged=flagged,
             )
         )
 
-    def end_with(self, work: Work, error: FluxError) -> None:
-        self.drop(work.job.id)
-        self.channel.send(Failed(work.job.id, answer_for(error).code, error.message, error.param, error.final))
+    def end_with(self, drawing: Drawing, error: FluxError) -> None:
+        self.drop(drawing.job.id)
+        self.channel.send(Failed(drawing.job.id, answer_for(error).code, error.message, error.param, error.final))
 
 
 def begin_picture(pipeline: Pipeline, job: Job, encode: Encode) -> Picture:

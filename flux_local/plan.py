@@ -73,7 +73,7 @@ class Plan:
         return self.source is not None and self.params.strength == 0
 
     @property
-    def work(self) -> int:
+    def token_steps(self) -> int:
         """Of all pictures together: image tokens times steps."""
         rows = 1 if self.params.negative_prompt is None else 2
         return self.params.canvas.area // 256 * rows * self.params.steps_computed * len(self.params.seeds)

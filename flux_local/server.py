@@ -26,6 +26,7 @@ from flux_local.dispatch import Dispatcher, Limits
 from flux_local.errors import AlreadyTaken, SettingsError
 from flux_local.history import History
 from flux_local.messages import Ready
+from flux_local.metrics import Metrics
 from flux_local.store import Store
 
 DRAIN_SECONDS = 60
@@ -68,7 +69,8 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
     history = History(Path(settings.data_dir).expanduser(), settings.url_lifetime)
     decoder = SafeDecoder()
     has_checker = settings.safety_folder() is not None
-    services = Services(settings, model, dispatcher, store, history, decoder, int(time.time()), has_checker)
+    metrics = Metrics(dispatcher, model.name)
+    services = Services(settings, model, dispatcher, store, history, decoder, metrics, int(time.time()), has_checker)
     requests = Requests(services)
     app = create_app(services, requests)
     server = Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=DRAIN_SECONDS,

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,8 @@ class Supervisor:
         self.was_ready = False
         self.process: subprocess.Popen[bytes] | None = None
         self.sent = 0.0
+        self.falls: Counter[str] = Counter()
+        """Since the server's start, by cause: `inside` or `outside`."""
         self._falls: deque[float] = deque()
         self._writer: asyncio.StreamWriter | None = None
         self._pulse: Pulse | None = None
@@ -147,6 +149,7 @@ class Supervisor:
         why = "hung" if self._hung else f"ended ({signal.Signals(-code).name if code and code < 0 else code})"
         log.error("the engine on %s %s while in phase %s; starting another", self.device, why, state.phase.name)
         self._hang_up()
+        self.falls["inside" if inside else "outside"] += 1
         self.on_fall(self, Fall(state.serials, inside))
         await self._kill()
 
@@ -213,6 +216,7 @@ class Supervisor:
         assert isinstance(message, Ready)
         if not self.was_ready:
             # What comes after a crash is laid out as the first was, though the memory that is free may tempt otherwise.
+            self.device = message.device
             self.options += ["--memory", message.tier]
         self.ready, self.was_ready = message, True
         self.patience = max(self.least_patience, HARD_WORK * message.step_seconds)

@@ -21,6 +21,7 @@ from flux_local.api.requests import Requests
 from flux_local.api.routes import later_routes, probes, router
 from flux_local.api.work import Services
 from flux_local.config import is_loopback
+from flux_local.metrics import Metrics
 
 PREFIXES = ("/v1", "/openai/v1", "")
 EXPOSED = (
@@ -28,6 +29,9 @@ EXPOSED = (
     "x-flux-ignored-params", "x-flux-prompt-truncated", "idempotent-replayed", "retry-after", "location",
 )  # fmt: skip
 """Headers that a page of another origin may read."""
+
+GONE = 499
+"""The status, for log and metrics, of a request whose client left before an answer began."""
 
 log = logging.getLogger("flux_local.access")
 
@@ -53,7 +57,7 @@ def create_app(services: Services, requests: Requests) -> ASGIApp:
     if origins := services.settings.origins():
         gated = CORSMiddleware(gated, allow_origins=origins, allow_methods=["*"], allow_headers=["*"],
                                expose_headers=EXPOSED)  # fmt: skip
-    return RequestLog(gated)
+    return RequestLog(gated, services.metrics)
 
 
 def add_docs(app: FastAPI) -> None:
@@ -86,8 +90,9 @@ class HeadAsGet:
 class RequestLog:
     """Gives each request an id of ours, returns it as `x-request-id`, and writes one line when it has ended."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,6 +112,8 @@ class RequestLog:
         try:
             await self.app(scope, receive, send_with_id)
         finally:
+            status = status or GONE
+            self.metrics.responses.labels(status).inc()
             log.info("%s %s %d %.3fs %s", scope["method"], printable(scope["path"]), status,
                      time.monotonic() - started, request_id)  # fmt: skip
 

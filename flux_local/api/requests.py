@@ -72,6 +72,7 @@ class Requests:
         """Work whose client waits for the answer."""
         self.unwritten: dict[str, Ending] = {}
         """How requests ended that the disk had no room for."""
+        services.metrics.unwritten.set_function(lambda: len(self.unwritten))
 
     async def begin(
         self, work: Work, route: str, on_event: OnEvent | None = None, on_picture: OnPicture | None = None
@@ -85,12 +86,12 @@ class Requests:
         """
         with self._admitted(work):
             if work.params.sync_mode:
-                return self._answering(work, work.run(on_event, on_picture))
+                return self._answering(work, route, work.run(on_event, on_picture))
             # The account is written while the work begins; what is written later waits for it, in order.
             adding = asyncio.ensure_future(
                 self.services.history.add(work.id, work.owner, route, as_run(work.params), None, "running")
             )
-            task = self._answering(work, self._tracked(work, on_event, on_picture))
+            task = self._answering(work, route, self._tracked(work, on_event, on_picture))
             try:
                 await adding
             except BaseException as error:
@@ -101,9 +102,11 @@ class Requests:
                 raise
             return task
 
-    def _answering(self, work: Work, doing: Coroutine[Any, Any, dict[str, Any]]) -> asyncio.Task[dict[str, Any]]:
+    def _answering(
+        self, work: Work, route: str, doing: Coroutine[Any, Any, dict[str, Any]]
+    ) -> asyncio.Task[dict[str, Any]]:
         """Work whose client waits."""
-        task = self._spawn(work, doing)
+        task = self._spawn(work, route, doing)
         self.waited_for.add(task)
         task.add_done_callback(self.waited_for.discard)
         return task
@@ -113,13 +116,13 @@ class Requests:
         with self._admitted(work):
             whole = await asyncio.to_thread(packed, work)
             await self.services.history.add(work.id, work.owner, route, as_run(work.params), whole)
-            self._spawn(work, self._tracked(work, None, None, whole=True))
+            self._spawn(work, route, self._tracked(work, None, None, whole=True))
 
     @contextlib.contextmanager
     def _admitted(self, work: Work) -> Iterator[None]:
         """Room for the work, given back if it comes to nothing."""
         pictures = 0 if work.plan.untouched else len(work.params.seeds)
-        self.services.dispatcher.admit(work.id, work.owner, pictures, work.plan.work, work.seconds)
+        self.services.dispatcher.admit(work.id, work.owner, pictures, work.plan.token_steps, work.seconds)
         try:
             yield
         except BaseException:
@@ -151,7 +154,7 @@ class Requests:
                 log.exception("request %s was accepted by another version and cannot be read", entry.id)
                 await self._lost(entry, InternalError("The server was changed before it came to this. Send it again."))
                 continue
-            self._spawn(work, self._tracked(work, None, None, whole=True))
+            self._spawn(work, entry.route, self._tracked(work, None, None, whole=True))
 
     async def _lost(self, entry: Entry, error: FluxError) -> None:
         await self._finish(entry.id, "failed", error=error_body(error))
@@ -187,13 +190,16 @@ class Requests:
         await self.services.history.remove(id)
         return ending.of(entry) if ending else entry
 
-    def _spawn(self, work: Work, doing: Coroutine[Any, Any, dict[str, Any]]) -> asyncio.Task[dict[str, Any]]:
-        task = asyncio.create_task(doing)
+    def _spawn(
+        self, work: Work, route: str, doing: Coroutine[Any, Any, dict[str, Any]]
+    ) -> asyncio.Task[dict[str, Any]]:
+        task, started = asyncio.create_task(doing), time.monotonic()
+        self.services.metrics.accepted.labels(route).inc()
 
         def ended(task: asyncio.Task[Any]) -> None:
             self.services.dispatcher.release(work.id)
-            if not task.cancelled():
-                task.exception()  # told to whoever waits; nobody has to
+            error = CANCELLED if task.cancelled() else task.exception()  # told to whoever waits; nobody has to
+            self.services.metrics.ended(route, error, time.monotonic() - started)
 
         task.add_done_callback(ended)
         return task

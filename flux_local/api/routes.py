@@ -16,6 +16,7 @@ from flux_local.api.repeats import HEADER, Repeats, fingerprint_of
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services, Work, base_url
 from flux_local.errors import Cancelled, Draining, InvalidValue, ModelNotFound, NotAvailable, NotReady
+from flux_local.metrics import CONTENT_TYPE
 from flux_local.parameters import Route
 from flux_local.params import PUBLIC_NAME, GenerationParams, generation_params
 from flux_local.plan import Source
@@ -60,7 +61,7 @@ def router(services: Services, requests: Requests) -> APIRouter:
 
     async def with_image(request: Request, route: Route) -> Response:
         if HEADER not in request.headers:  # what would be refused need not be sent, and decoded, first
-            services.dispatcher.check_open(owner(request), pictures=1, work=0)
+            services.dispatcher.check_open(owner(request), pictures=1, token_steps=0)
         raw, source = await uploads.read(request, services.decoder)
         return await once(request, route, raw, source)
 
@@ -164,6 +165,11 @@ def probes(services: Services) -> APIRouter:
             "step_seconds": round(state.step_seconds, 4),
         }
 
+    @routes.get("/metrics", responses=schema.METRICS_ANSWERS)
+    async def metrics() -> Response:
+        """Counts, seconds and the state, in Prometheus' text format."""
+        return Response(services.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
     return routes
 
 
@@ -181,9 +187,8 @@ def later_routes() -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/", include_in_schema=False)
-    @routes.get("/metrics", include_in_schema=False)
     async def not_yet() -> None:
-        raise NotAvailable("This version has no web page and no metrics yet; see /docs and /v1/models.")
+        raise NotAvailable("This version has no web page yet; see /docs and /v1/models.")
 
     return routes
 

@@ -125,7 +125,10 @@ FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "The picture.", "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}},
     **ERRORS,
 }
-
+METRICS_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    **ERRORS,
+}
 
 LORA = {
     "type": "object",

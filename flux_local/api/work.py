@@ -18,6 +18,7 @@ from flux_local.dispatch import Dispatcher
 from flux_local.errors import DeadlineExceeded, ModerationBlocked
 from flux_local.history import History
 from flux_local.messages import Done, Partial, Step
+from flux_local.metrics import Metrics
 from flux_local.params import GenerationParams, ModelInfo
 from flux_local.plan import Plan, Source, check_of, precision_of
 from flux_local.store import Store
@@ -33,6 +34,7 @@ class Services:
     store: Store
     history: History
     decoder: SafeDecoder
+    metrics: Metrics
     started: int
     """Unix time."""
     has_checker: bool
@@ -152,6 +154,9 @@ class Work:
             job = await asyncio.to_thread(self.plan.job, *arguments) if has_pixels else self.plan.job(*arguments)
             notify = None if on_event is None else lambda event: on_event(index, event)
             done = await self.services.dispatcher.draw(job, notify)
+            self.services.metrics.picture(
+                done, self.services.precision(self.params), self.params.acceleration, job.steps_computed
+            )
             if done.flagged:
                 return {}, done
             data = await asyncio.to_thread(self.plan.file, index, done.pixels)

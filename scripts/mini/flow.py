@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flux_local.model.latents import pack, position_ids
-from flux_local.sizes import GRID, CanvasRange
+from flux_local.sizes import GRID, RATIOS, CanvasRange, canvas_for
 
 from . import reading
 from .drawings import Scene, World, describe, draw, random_scene
@@ -41,13 +41,12 @@ DROPPED_PROMPTS = 0.1  # trained with the empty prompt, so that classifier-free 
 # A picture that can be told is then believed more than the prompt, which is what lets an edit keep a part of it.
 UNTOLD, TOLD, FALSE_PROMPTS = 0.95, 0.85, 0.3
 
-CANVAS = CanvasRange(60 * GRID**2, 70 * GRID**2)
-# Each of the size table's eleven ratios is drawn on the square or on one of the next eight; other sizes, on the others.
+CANVAS = CanvasRange(60 * GRID**2, 144 * GRID**2)
+# Each of the size table's eleven ratios is drawn on the square or on one of the next eight, or on a larger one.
 SQUARE = (128, 128)
 OTHER_SHAPES = ((144, 112), (112, 144), (160, 112), (112, 160), (176, 96), (96, 176), (192, 80), (80, 192))
-ALL_SHAPES = tuple(
-    (GRID * columns, GRID * rows) for rows in CANVAS.rows() for columns in CANVAS.columns(rows) if columns != rows
-)
+LARGEST_SHAPES = tuple(dict.fromkeys(canvas_for(size, CANVAS) for size in RATIOS.values()))
+ALL_SHAPES = tuple((GRID * columns, GRID * rows) for rows in CANVAS.rows() for columns in CANVAS.columns(rows))
 
 # The shift of the noise levels, as `mu` of FLUX.1's schedule at 64 and at 144 tokens; it grows with the logarithm of
 # the side. More than FLUX.1's own, because flat drawings are decided early: nine tenths of a latent's variance are the
@@ -184,7 +183,7 @@ class Pools:
     """Pictures of canvases in turn. A canvas that comes up twice in a cycle has one pool all the same."""
 
     def __init__(
-        self, run: Run, vae: AutoencoderKL, canvases: tuple[tuple[int, int], ...], batch: int, steps: int, offset: int
+        self, run: Run, vae: AutoencoderKL, canvases: Sequence[tuple[int, int]], batch: int, steps: int, offset: int
     ) -> None:
         self.cycle = canvases
         self.pools = {}

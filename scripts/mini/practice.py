@@ -56,7 +56,8 @@ STEPS = 8500
 BATCH = 48
 RATE = 0.4  # of the peak rates of the stage of drawings
 AVERAGE = 0.998
-CANVASES = (*2 * (flow.SQUARE, *flow.OTHER_SHAPES), *(c for c in flow.ALL_SHAPES if c not in flow.OTHER_SHAPES))
+CANVASES: list[tuple[int, int]] = [*flow.ALL_SHAPES, *2 * (flow.SQUARE, *flow.OTHER_SHAPES), *4 * flow.LARGEST_SHAPES]
+random.Random(0).shuffle(CANVASES)
 DRAWN_IN = (4, 20)  # steps of a drawing, any number between: what is practised at a few noise levels acts there alone
 AT_A_TIME = 4  # batches of drawings, each over another canvas
 CROWDED = 0.3  # share of drawings that have as many things as there can be, beside those by chance
