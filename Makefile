@@ -16,7 +16,7 @@ download: $(VENV)/serve.done
 test: $(VENV)/test.done
 	$(BIN)/pytest -m "not slow"
 
-test-all: $(VENV)/test.done
+test-all: $(VENV)/browser.done
 	$(BIN)/pytest
 
 check: $(VENV)/test.done
@@ -52,6 +52,12 @@ $(VENV)/serve.done: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/test.done: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable ".[test,check]"
 	@touch $@ $(VENV)/serve.done
+
+# Chromium from the system's packages, where they may be installed from here.
+$(VENV)/browser.done: $(VENV)/test.done
+	$(INSTALL) --editable ".[browser]"
+	@command -v chromium || command -v google-chrome || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq -y chromium; } >/dev/null 2>&1 || { echo "The browser tests need Chromium; on Debian: apt install chromium"; exit 1; }
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

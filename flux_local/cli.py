@@ -313,6 +313,7 @@ ready after {time.monotonic() - began:.1f} s, {engine.weights_bytes / 1e9:.2f} G
   memory    {engine.memory}
   checker   {checker or "none: pictures are not looked at"}
   address   {address}/v1
+  web page  {address}
   try       curl -s {address}/v1/images/generations -H 'Content-Type: application/json' \
 -d '{{"prompt": "a large red star on a blue background", "size": "512x512"}}'
 """,

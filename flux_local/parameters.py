@@ -34,7 +34,7 @@ class Parameter:
     """One row of the table.
 
     `default`: what applies when the parameter is not given; `elsewhere`, on some routes. `form`: a regular expression
-    for the whole of a string value, for the schema; `sizes` checks it.
+    for the whole of a string value, for the schema; `sizes` checks it. `examples`: values for a form to offer.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Parameter:
     aliases: tuple[str, ...] = ()
     routes: tuple[Route, ...] = ALL_ROUTES
     form: str | None = None
+    examples: tuple[str, ...] = ()
     elsewhere: tuple[tuple[Route, Any], ...] = ()
 
     @property
@@ -88,10 +89,10 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("size", "string", None, "converted", "`WxH` in pixels, `W:H`, or `auto`.",
               form=sizes.SIZE_FORM),
     Parameter("aspect_ratio", "string", "1:1", "converted", "`W:H`; the nearest of the size table is taken.",
-              form=sizes.RATIO_FORM),
+              form=sizes.RATIO_FORM, examples=tuple(sizes.RATIOS)),
     Parameter("resolution", "number or string", "1K", "converted",
               "A tier (`0.5K`, `1K`, `4K`) or megapixels (`0.25`, `1`); the nearest the model has is taken.",
-              form=sizes.RESOLUTION_FORM),
+              form=sizes.RESOLUTION_FORM, examples=tuple(sizes.TIERS)),
     Parameter("megapixels", "number or string", None, "renamed", "`resolution` in megapixels.",
               choices=("0.25", "1")),
     Parameter("image", "file", Words("required"), "converted", "The picture to start from: PNG, JPEG or WebP.",

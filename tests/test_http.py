@@ -340,9 +340,3 @@ def test_a_wrong_method_is_told_the_right_ones(server: Server, method: str, path
     assert answer.status_code == 405
     assert answer.headers["allow"] == allow
     assert answer.json()["error"]["code"] == "method_not_allowed"
-
-
-@pytest.mark.parametrize("path", ["/"])
-def test_what_is_to_come_says_so(server: Server, path: str) -> None:
-    answer = httpx.get(server.url + path)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_available")

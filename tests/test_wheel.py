@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.servers import ROOT, running
@@ -36,3 +37,4 @@ def test_a_wheel_serves_outside_the_checkout(tmp_path: Path) -> None:
     with running(place, command=[str(home / "bin" / "flux-local")]) as server:
         answer = server.post({"prompt": "a red circle", "size": "128x128", "steps": 2})
         assert answer.status_code == 200
+        assert httpx.get(server.url + "/").status_code == httpx.get(server.url + "/web/app.js").status_code == 200

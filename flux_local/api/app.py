@@ -17,8 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import flux_local
 from flux_local.api import answers
 from flux_local.api.auth import KeyGate, OwnGate
+from flux_local.api.page import page
 from flux_local.api.requests import Requests
-from flux_local.api.routes import later_routes, probes, router
+from flux_local.api.routes import probes, router
 from flux_local.api.work import Services
 from flux_local.config import is_loopback
 from flux_local.metrics import Metrics
@@ -44,7 +45,7 @@ def create_app(services: Services, requests: Requests) -> ASGIApp:
     )
     answers.install(app)
     app.include_router(probes(services))
-    app.include_router(later_routes())
+    app.include_router(page())
     for prefix in PREFIXES:
         app.include_router(router(services, requests), prefix=prefix, include_in_schema=prefix == "/v1")
     add_docs(app)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flux_local.api.answers import error_response
+from flux_local.api.page import PATHS
 from flux_local.errors import InvalidApiKey, InvalidValue, answer_for
 
 OPEN = frozenset({b"/health", b"/ready"})
@@ -44,7 +45,8 @@ class KeyGate:
 
     def is_open(self, scope: Scope) -> bool:
         path = path_of(scope)
-        return path in OPEN or (scope["method"] in ("GET", "HEAD") and FILE.fullmatch(path) is not None)
+        reading = scope["method"] in ("GET", "HEAD")
+        return path in OPEN or (reading and (path in PATHS or FILE.fullmatch(path) is not None))
 
     def owner(self, scope: Scope) -> str | None:
         """The digest of the key that the request shows, if it is a known one."""

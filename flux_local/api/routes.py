@@ -15,7 +15,7 @@ from flux_local.api.answers import JSON
 from flux_local.api.repeats import HEADER, Repeats, fingerprint_of
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services, Work, base_url
-from flux_local.errors import Cancelled, Draining, InvalidValue, ModelNotFound, NotAvailable, NotReady
+from flux_local.errors import Cancelled, Draining, InvalidValue, ModelNotFound, NotReady
 from flux_local.metrics import CONTENT_TYPE
 from flux_local.parameters import Route
 from flux_local.params import PUBLIC_NAME, GenerationParams, generation_params
@@ -180,17 +180,6 @@ def limit_of(text: str | None) -> int:
     if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_PAGE:
         raise InvalidValue(f"'limit' must be between 1 and {MAX_PAGE}.", param="limit")
     return int(text)
-
-
-def later_routes() -> APIRouter:
-    """Routes that are promised and not there yet: they say so, instead of 404."""
-    routes = APIRouter()
-
-    @routes.get("/", include_in_schema=False)
-    async def not_yet() -> None:
-        raise NotAvailable("This version has no web page yet; see /docs and /v1/models.")
-
-    return routes
 
 
 def owner(request: Request) -> str:

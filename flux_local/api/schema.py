@@ -245,5 +245,7 @@ def parameter_list(model: ModelInfo) -> list[dict[str, Any]]:
             entry |= {"minimum": row.low, "maximum": row.high}
         if row.choices:
             entry["values"] = list(row.choices)
+        if row.examples:
+            entry["examples"] = list(row.examples)
         found.append(entry)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from flux_local import loras
 from flux_local.config import Settings
 from flux_local.decoder import SafeDecoder
 from flux_local.dispatch import Dispatcher
-from flux_local.errors import DeadlineExceeded, ModerationBlocked
+from flux_local.errors import DeadlineExceeded, ModerationBlocked, StorageFull
 from flux_local.history import History
 from flux_local.messages import Done, Partial, Step
 from flux_local.metrics import Metrics
@@ -84,7 +85,7 @@ class Work:
 
     @property
     def stores(self) -> bool:
-        """Whether its pictures go to files of the server's."""
+        """Whether its answer is worth nothing without files of the server's."""
         return not (self.params.stream or self.params.sync_mode or self.params.response_format == "b64_json")
 
     async def run(self, on_event: OnEvent | None = None, on_picture: OnPicture | None = None) -> dict[str, Any]:
@@ -169,11 +170,17 @@ class Work:
         """One entry of the answer's `data`."""
         params = self.params
         found: dict[str, Any] = {"revised_prompt": done.prompt_read, "seed": params.seeds[index]}
+        if params.stream and params.response_format == "url":  # for the history; the client has the bytes as well
+            with contextlib.suppress(StorageFull):
+                found["url"] = await self._url(data)
         if params.stream or params.response_format == "b64_json":
             return {"b64_json": base64.b64encode(data).decode(), **found}
         if params.sync_mode:
             return {"url": f"data:image/{params.output_format};base64,{base64.b64encode(data).decode()}", **found}
-        return {"url": f"{self.base_url}/v1/images/files/{await self._saved(data)}", **found}
+        return {"url": await self._url(data), **found}
+
+    async def _url(self, data: bytes) -> str:
+        return f"{self.base_url}/v1/images/files/{await self._saved(data)}"
 
     async def _saved(self, data: bytes) -> str:
         """The name of a new file; if this is cancelled, none is left once it has ended."""

@@ -1,0 +1,219 @@
+// The page: the form on one side, what was asked for on the other.
+
+import { ApiError, get, key } from "./api.js";
+import { Card } from "./card.js";
+import { byId, el } from "./dom.js";
+import { Form, Problem, streamed } from "./form.js";
+import { Painter } from "./mask.js";
+
+const STATE_EVERY = 5000; // milliseconds between looks at the server's state
+const PAGE = 24; // requests of the history at a time
+
+const painter = new Painter(byId("mask"), byId("brush"));
+const cards = new Map(); // by request
+let form = null;
+let image = null; // the File or Blob to start from
+let viewed = null; // { card, item } in the viewer
+
+// The server's state and key.
+
+async function showState() {
+  try {
+    const { model, device, precision } = await get("ready");
+    byId("state").textContent = `${model} on ${device}, ${precision}`;
+  } catch (error) {
+    byId("state").textContent = error instanceof ApiError ? error.message : "The server does not answer.";
+  }
+}
+
+async function askForKey() {
+  const dialog = byId("key-dialog");
+  if (dialog.open) return;
+  byId("key-value").value = key.get();
+  dialog.showModal();
+  await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
+  key.set(byId("key-value").value);
+  location.reload();
+}
+
+// The form.
+
+function problem(error) {
+  const box = byId("problem");
+  box.hidden = error === null;
+  box.textContent = error?.message ?? "";
+  form?.mark(error?.param ?? null);
+  if (error?.status === 401) askForKey();
+}
+
+async function start(file) {
+  const bitmap = await createImageBitmap(file).catch(() => null);
+  if (bitmap === null) {
+    problem(new Problem("This file cannot be read as a picture. Choose a PNG, JPEG or WebP.", null));
+    return;
+  }
+  image = file;
+  byId("original").src = URL.createObjectURL(file);
+  painter.reset(bitmap.width, bitmap.height);
+  byId("drop").hidden = true;
+  byId("editor").hidden = false;
+  form.show("edits");
+}
+
+function withoutImage() {
+  image = null;
+  URL.revokeObjectURL(byId("original").src);
+  byId("original").removeAttribute("src");
+  byId("file").value = "";
+  byId("drop").hidden = false;
+  byId("editor").hidden = true;
+  form.show("generations");
+}
+
+async function submit() {
+  problem(null);
+  let params;
+  try {
+    params = form.values();
+  } catch (error) {
+    if (!(error instanceof Problem)) throw error;
+    problem(error);
+    return;
+  }
+  const request = { params: streamed(params), image, mask: image && (await painter.png()) };
+  const ratio = image ? painter.canvas.width / painter.canvas.height : ratioOf(params);
+  const card = new Card(params.prompt, params.n ?? 1, ratio, actions);
+  byId("gallery").prepend(card.element);
+  byId("empty").hidden = true;
+  await card.run(request);
+  if (card.id) cards.set(card.id, card);
+}
+
+function ratioOf(params) {
+  const [width, height] = (params.size ?? params.aspect_ratio ?? "1:1").split(/[x:]/i).map(Number);
+  return width > 0 && height > 0 ? width / height : 1;
+}
+
+/** The request as a command line; a key and files are for the user to put in. */
+function curl() {
+  const params = form.values();
+  const url = new URL(image ? "v1/images/edits" : "v1/images/generations", document.baseURI).href;
+  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const parts = [`curl ${url}`];
+  if (key.get()) parts.push('-H "Authorization: Bearer $FLUX_LOCAL_API_KEY"');
+  if (image) {
+    parts.push("-F image=@image.png", ...(painter.touched ? ["-F mask=@mask.png"] : []));
+    for (const [name, value] of Object.entries(params)) {
+      parts.push(`--form-string ${quoted(`${name}=${typeof value === "object" ? JSON.stringify(value) : value}`)}`);
+    }
+  } else {
+    parts.push('-H "Content-Type: application/json"', `-d ${quoted(JSON.stringify(params))}`);
+  }
+  return parts.join(" \\\n  ");
+}
+
+// The pictures.
+
+const actions = {
+  open(card, item, source) {
+    viewed = { card, item, source };
+    const { params } = card;
+    byId("viewed").src = source;
+    byId("viewed").alt = params.prompt;
+    byId("viewed-prompt").textContent = item.revised_prompt ?? params.prompt;
+    const facts = {
+      size: params.delivered, seed: item.seed, steps: params.steps, guidance: params.guidance, strength: params.strength,
+      acceleration: params.acceleration === "none" ? null : params.acceleration, fast: params.go_fast ? "fp8" : null,
+      "negative prompt": params.negative_prompt,
+    };
+    const shown = Object.entries(facts).filter(([, value]) => value !== null && value !== undefined);
+    byId("viewed-facts").replaceChildren(
+      ...shown.map(([name, value]) => el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: String(value) }))),
+    );
+    Object.assign(byId("download"), { href: source, download: `flux-${item.seed}.${source.split(".").pop()}` });
+    byId("viewer").showModal();
+  },
+  refused: problem,
+  gone(card) {
+    cards.delete(card.id);
+    byId("empty").hidden = byId("gallery").children.length > 0;
+  },
+};
+
+async function showHistory(after) {
+  const query = new URLSearchParams({ limit: PAGE, ...(after ? { after } : {}) });
+  const { data, has_more: more } = await get(`v1/images/requests?${query}`);
+  for (const entry of data.filter((found) => !cards.has(found.id))) {
+    const [width, height] = entry.params.delivered.split("x").map(Number);
+    const card = new Card(entry.params.prompt, entry.params.seeds.length, width / height, actions);
+    cards.set(entry.id, card);
+    byId("gallery").append(card.element);
+    card.follow(entry);
+  }
+  byId("older").hidden = !more;
+  byId("older").onclick = () => showHistory(data.at(-1).id).catch(problem);
+  byId("empty").hidden = byId("gallery").children.length > 0;
+}
+
+// What the user does.
+
+byId("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  submit();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) submit();
+});
+byId("file").addEventListener("change", ({ target }) => target.files[0] && start(target.files[0]));
+document.addEventListener("paste", ({ clipboardData }) => {
+  const file = [...clipboardData.files].find(({ type }) => type.startsWith("image/"));
+  if (file) start(file);
+});
+for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
+  document.addEventListener(name, (event) => {
+    event.preventDefault();
+    byId("source").classList.toggle("over", over);
+    const file = name === "drop" && event.dataTransfer.files[0];
+    if (file) start(file);
+  });
+}
+byId("clear-mask").onclick = () => painter.clear();
+byId("remove-image").onclick = withoutImage;
+byId("key").onclick = askForKey;
+byId("curl").onclick = async ({ target }) => {
+  try {
+    await navigator.clipboard.writeText(curl());
+    target.textContent = "Copied";
+  } catch (error) {
+    problem(error instanceof Problem ? error : new Problem("The browser does not let this page copy.", null));
+  }
+  setTimeout(() => (target.textContent = "Copy as curl"), 1500);
+};
+byId("close").onclick = () => byId("viewer").close();
+byId("reuse").onclick = () => {
+  form.fill(viewed.card.params);
+  byId("viewer").close();
+};
+byId("edit").onclick = async () => {
+  const file = await (await fetch(viewed.source)).blob();
+  byId("viewer").close();
+  await start(file);
+};
+byId("delete").onclick = () => {
+  byId("viewer").close();
+  viewed.card.remove();
+};
+
+// The beginning.
+
+async function begin() {
+  byId("docs").hidden = key.get() !== ""; // a link cannot show the key
+  showState();
+  setInterval(showState, STATE_EVERY);
+  const { data } = await get("v1/models?schema=true");
+  form = new Form(data[0].parameters, byId("form").elements.prompt, byId("main-fields"), byId("more-fields"));
+  form.show("generations");
+  await showHistory();
+}
+
+begin().catch(problem);

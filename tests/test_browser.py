@@ -1,0 +1,249 @@
+"""The web page, used by a real browser as a person would."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.servers import Server, eventually, running
+
+pytestmark = pytest.mark.slow
+
+STAR = "a large red star on a blue background"
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    assert chromium, "No Chromium: `make test-all` installs it where it can; else install the package chromium."
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    faults = "slow prompt=snail seconds=0.4"
+    with running(tmp_path_factory.mktemp("browser"), FLUX_LOCAL_FAULTS=faults) as server:
+        yield server
+
+
+@pytest.fixture
+def page(browser: Any, own: Server) -> Iterator[Any]:
+    """The page of a server without pictures. Nothing may be logged as an error, and nothing asked of others."""
+    for entry in httpx.get(own.url + "/v1/images/requests").json()["data"]:
+        httpx.delete(f"{own.url}/v1/images/requests/{entry['id']}")
+    context = browser.new_context(viewport={"width": 1200, "height": 800})
+    context.set_default_timeout(20_000)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "warning" else None)
+    page.on("request", lambda request: request.url.startswith((own.url, "data:", "blob:")) or wrong.append(request.url))
+    opened(page, own)
+    yield page
+    context.close()
+    assert not wrong
+
+
+def opened(page: Any, server: Server) -> None:
+    page.goto(server.url)
+    page.wait_for_selector("#main-fields label")
+
+
+def draw(page: Any, prompt: str, **fields: str) -> None:
+    page.fill("[name=prompt]", prompt)
+    for name, value in fields.items():
+        field = page.locator(f"[name={name}]")
+        if field.evaluate("field => field.closest('details')?.open === false"):
+            page.click("summary")
+        if field.evaluate("field => field.tagName") == "SELECT":
+            field.select_option(value)
+        else:
+            field.fill(value)
+    page.click("#form button[type=submit]")
+
+
+def wait(page: Any, selector: str, count: int) -> None:
+    from playwright.sync_api import expect
+
+    expect(page.locator(selector)).to_have_count(count)
+
+
+def stored(page: Any, index: int = 0) -> Any:
+    """The pixels of a picture of the gallery, as the server has it."""
+    source = page.locator(".card.done .picture img").nth(index).get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(httpx.get(source).content)).convert("RGB"), float)
+
+
+def test_a_picture_is_drawn_and_is_there_again_later(page: Any, own: Server) -> None:
+    page.fill("[name=prompt]", STAR)
+    page.fill("[name=seed]", "4")
+    page.keyboard.press("Control+Enter")
+    wait(page, ".card.done .picture img", 1)
+    assert "seed 4" in page.inner_text(".card .note")
+    pixels = stored(page)
+    assert pixels.shape == (1024, 1024, 3)
+    assert np.abs(pixels[512, 512] - (214, 40, 40)).max() < 40, "the star is red"
+    assert np.abs(pixels[20, 20] - (36, 86, 214)).max() < 40, "on blue"
+    opened(page, own)
+    wait(page, ".card.done .picture img", 1)
+    assert (stored(page) == pixels).all()
+
+
+def test_previews_and_progress_are_shown_while_it_draws(page: Any) -> None:
+    draw(page, "a snail", size="128x128")
+    wait(page, ".card.running .picture img[src^='data:image/png']", 1)
+    page.wait_for_selector("text=/step \\d of 8/")
+    assert 0 < page.locator(".card progress").evaluate("bar => bar.value") < 1
+    wait(page, ".card.done", 1)
+
+
+def test_several_at_once_each_with_its_own_pictures(page: Any) -> None:
+    draw(page, STAR, n="2", size="128x128")
+    draw(page, "a small yellow circle on a black background", n="", size="128x128")
+    wait(page, ".card", 2)
+    wait(page, ".card.done .picture img", 3)
+    assert "yellow" in page.inner_text(".card >> nth=0")
+
+
+def test_cancel_ends_the_work(page: Any, own: Server) -> None:
+    draw(page, "a snail", size="128x128", num_inference_steps="50")
+    page.wait_for_selector("text=/step \\d+ of 50/")
+    page.click("text=Cancel")
+    wait(page, ".card.failed", 1)
+    assert page.inner_text(".card .note") == "Cancelled."
+    eventually(lambda: "flux_pictures_running 0.0" in httpx.get(own.url + "/metrics").text)
+    page.click("text=Dismiss")
+    wait(page, ".card", 0)
+    assert httpx.get(own.url + "/v1/images/requests").json()["data"] == []
+
+
+def test_a_promise_made_elsewhere_is_followed_to_its_end(page: Any, own: Server) -> None:
+    own.post({"prompt": "a snail", "size": "128x128", "steps": 6}, headers={"Prefer": "respond-async"})
+    opened(page, own)
+    wait(page, ".card.running", 1)
+    wait(page, ".card.done .picture img", 1)
+
+
+def test_what_is_wrong_is_said_beside_its_field(page: Any) -> None:
+    draw(page, STAR, size="0x9")
+    alert = page.locator("#problem")
+    alert.wait_for()
+    assert "size" in alert.inner_text().lower()
+    assert page.get_attribute("[name=size]", "aria-invalid") == "true"
+    assert page.evaluate("document.activeElement.name") == "size"
+    wait(page, ".card", 0)
+    draw(page, STAR, size="128x128", num_inference_steps="1000")
+    assert "Steps" in alert.inner_text()
+    draw(page, STAR, num_inference_steps="2")
+    wait(page, ".card.done", 1)
+    assert alert.is_hidden()
+
+
+def test_painting_a_mask_keeps_all_else(page: Any, tmp_path: Path) -> None:
+    draw(page, STAR, seed="4", size="256x256")
+    wait(page, ".card.done .picture img", 1)
+    before = stored(page)
+    page.click(".card .picture")
+    page.click("#edit")
+    page.locator("#editor").wait_for()
+    box = page.locator("#mask").bounding_box()
+    for y in (0.6, 0.7, 0.8, 0.9):
+        page.mouse.move(box["x"] + 0.55 * box["width"], box["y"] + y * box["height"])
+        page.mouse.down()
+        page.mouse.move(box["x"] + 0.95 * box["width"], box["y"] + y * box["height"], steps=4)
+        page.mouse.up()
+    draw(page, "a small yellow circle on a blue background", strength="1", size="")
+    wait(page, ".card.done", 2)
+    after = stored(page)
+    assert after.shape == before.shape
+    assert (after[:128, :128] == before[:128, :128]).all()
+    assert np.abs(after[160:240, 150:240] - before[160:240, 150:240]).max() > 30
+    page.click("#remove-image")
+    assert page.locator("#drop").is_visible()
+
+
+def test_settings_are_taken_over_and_a_picture_deleted(page: Any, own: Server) -> None:
+    fields = {"seed": "9", "size": "144x112", "num_inference_steps": "5", "cfg_scale": "3.5", "output_format": "webp"}
+    draw(page, STAR, **fields)
+    wait(page, ".card.done .picture img", 1)
+    source = page.get_attribute(".card .picture img", "src")
+    opened(page, own)
+    page.click(".card .picture")
+    assert page.get_attribute("#download", "download") == "flux-9.webp"
+    assert "144x112" in page.inner_text("#viewed-facts")
+    page.click("#reuse")
+    assert page.input_value("[name=prompt]") == STAR
+    for name, value in fields.items():
+        assert page.input_value(f"[name={name}]") == value
+    page.click(".card .picture")
+    page.click("#delete")
+    wait(page, ".card", 0)
+    eventually(lambda: httpx.get(source).status_code == 404)
+
+
+def test_what_was_written_is_shown_and_never_run(page: Any, own: Server) -> None:
+    text = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
+    draw(page, text, size="128x128", num_inference_steps="2")
+    wait(page, ".card.done .picture img", 1)
+    opened(page, own)
+    wait(page, ".card.done .picture img", 1)
+    assert page.inner_text(".card .prompt") == text
+    page.click(".card .picture")
+    assert page.title() == "flux-local"
+
+
+def test_the_curl_line_draws_the_same(page: Any, own: Server) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    draw(page, 'a star that\'s "red"', seed="3", size="128x128", num_inference_steps="2")
+    wait(page, ".card.done .picture img", 1)
+    page.click("#curl")
+    page.wait_for_selector("text=Copied")
+    line = page.evaluate("navigator.clipboard.readText()")
+    answer = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
+    url = httpx.Response(200, text=answer).json()["data"][0]["url"]
+    pixels = np.asarray(Image.open(io.BytesIO(httpx.get(url).content)).convert("RGB"), float)
+    assert (pixels == stored(page)).all()
+
+
+def test_a_small_screen_has_room_for_all_of_it(page: Any) -> None:
+    page.set_viewport_size({"width": 360, "height": 700})
+    page.click("summary")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    names = page.locator("#form :is(input, select, textarea, button):visible")
+    for i in range(names.count()):
+        assert names.nth(i).evaluate("field => Boolean(field.labels?.length || field.textContent.trim())")
+
+
+def test_with_keys_it_asks_for_one(browser: Any, tmp_path: Path) -> None:
+    with running(tmp_path, FLUX_LOCAL_API_KEYS="key-of-mine") as server:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(server.url)
+        for key in ("wrong", "key-of-mine"):
+            page.fill("#key-value", key)
+            with page.expect_navigation():
+                page.click("#key-dialog button")
+        page.wait_for_selector("#main-fields label")
+        draw(page, STAR, size="128x128")
+        wait(page, ".card.done .picture img", 1)
+        assert page.locator("#docs").is_hidden()
+        assert page.evaluate("localStorage.length") == 0
+        context.close()
