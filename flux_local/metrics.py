@@ -17,8 +17,10 @@ import flux_local
 from flux_local.dispatch import Dispatcher
 from flux_local.errors import Cancelled, DeadlineExceeded
 from flux_local.messages import Done
+from flux_local.parameters import ALL_ROUTES
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+OUTCOMES = ("succeeded", "failed", "cancelled", "deadline")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300)
 """Upper ends of the histograms' buckets."""
 
@@ -62,6 +64,12 @@ class Metrics:
             "Ended requests whose end the full disk has not taken yet; they wait in memory.",
             registry=every,
         )
+
+        for route in ALL_ROUTES:  # from zero, or the first of each would not be seen to come
+            self.accepted.labels(route)
+            self.seconds.labels(route)
+            for outcome in OUTCOMES:
+                self.finished.labels(route, outcome)
 
     def picture(self, done: Done, precision: str, acceleration: str, steps: int) -> None:
         """A picture that has been drawn, in so many computed steps."""
@@ -117,15 +125,17 @@ class State(Collector):
             dispatcher.ahead()[1],
         )
         yield GaugeMetricFamily("flux_draining", "1 once the server takes nothing more in.", dispatcher.draining)
-        up = GaugeMetricFamily("flux_engine_up", "1 where the engine of a device takes pictures.", labels=["device"])
+        up = GaugeMetricFamily(
+            "flux_engine_up", "1 where the engine of a device takes pictures.", labels=["engine", "device"]
+        )
         falls = CounterMetricFamily(
             "flux_engine_falls", "Engines that ended: crashed or hung (inside), or by another's hand (outside).",
-            labels=["device", "cause"],
+            labels=["engine", "device", "cause"],
         )  # fmt: skip
-        for engine in dispatcher.engines:
-            up.add_metric([engine.device], engine.ready is not None)
+        for number, engine in enumerate(dispatcher.engines):
+            up.add_metric([str(number), engine.device], engine.ready is not None)
             for cause in ("inside", "outside"):
-                falls.add_metric([engine.device, cause], engine.falls[cause])
+                falls.add_metric([str(number), engine.device, cause], engine.falls[cause])
         yield up
         yield falls
         yield CounterMetricFamily(

@@ -123,6 +123,18 @@ def test_several_at_once_each_with_its_own_pictures(page: Any) -> None:
     assert "yellow" in page.inner_text(".card >> nth=0")
 
 
+def test_more_at_once_than_a_browser_has_connections(page: Any, own: Server) -> None:
+    """The first are streamed, the others promised: all progress is seen, and one that waits can be cancelled."""
+    for _ in range(9):
+        draw(page, "a snail", size="128x128", num_inference_steps="3", seed="1")
+    wait(page, ".card", 9)
+    page.wait_for_selector("text=/\\d before it/")
+    page.locator(".card.running:has-text('before it')").first.get_by_text("Cancel").click()
+    wait(page, ".card.failed", 1)
+    wait(page, ".card.done .picture img", 8)
+    assert len({page.locator(".card.done .picture img").nth(i).get_attribute("src") for i in range(8)}) == 8
+
+
 def test_cancel_ends_the_work(page: Any, own: Server) -> None:
     draw(page, "a snail", size="128x128", num_inference_steps="50")
     page.wait_for_selector("text=/step \\d+ of 50/")
@@ -130,7 +142,7 @@ def test_cancel_ends_the_work(page: Any, own: Server) -> None:
     wait(page, ".card.failed", 1)
     assert page.inner_text(".card .note") == "Cancelled."
     eventually(lambda: "flux_pictures_running 0.0" in httpx.get(own.url + "/metrics").text)
-    page.click("text=Dismiss")
+    page.click(".card >> text=Remove")
     wait(page, ".card", 0)
     assert httpx.get(own.url + "/v1/images/requests").json()["data"] == []
 
@@ -199,6 +211,18 @@ def test_settings_are_taken_over_and_a_picture_deleted(page: Any, own: Server) -
     eventually(lambda: httpx.get(source).status_code == 404)
 
 
+@pytest.mark.parametrize("kind", ["gif", "avif"])
+def test_a_picture_can_be_started_from_whatever_its_format(page: Any, kind: str) -> None:
+    draw(page, STAR, seed="9", size="128x128", num_inference_steps="2", output_format=kind, n="2")
+    wait(page, ".card.done .picture img", 2)
+    page.click(".card .picture")
+    assert page.inner_text("#delete") == "Delete all 2"
+    page.click("#edit")
+    page.locator("#editor").wait_for()
+    draw(page, "a small yellow circle on a blue background", n="")
+    wait(page, ".card.done", 2)
+
+
 def test_what_was_written_is_shown_and_never_run(page: Any, own: Server) -> None:
     text = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
     draw(page, text, size="128x128", num_inference_steps="2")
@@ -237,6 +261,11 @@ def test_with_keys_it_asks_for_one(browser: Any, tmp_path: Path) -> None:
         context = browser.new_context()
         page = context.new_page()
         page.goto(server.url)
+        page.wait_for_selector("#key-dialog[open]")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#key-dialog", state="hidden")
+        assert page.locator("#problem").is_visible()
+        page.click("#key")
         for key in ("wrong", "key-of-mine"):
             page.fill("#key-value", key)
             with page.expect_navigation():

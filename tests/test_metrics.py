@@ -99,11 +99,11 @@ def test_what_waits_and_what_runs_is_seen_while_it_does(own: Server) -> None:
 
 def test_a_fall_is_counted_and_the_engine_is_up_again(own: Server) -> None:
     before = samples(own)
-    assert value(before, "flux_engine_up", device="cpu") == 1
+    assert value(before, "flux_engine_up", engine="0", device="cpu") == 1
     own.engine().kill()
-    eventually(lambda: value(samples(own), "flux_engine_falls_total", device="cpu", cause="outside") == 1)
+    eventually(lambda: value(samples(own), "flux_engine_falls_total", engine="0", device="cpu", cause="outside") == 1)
     own.wait_ready()
-    assert value(samples(own), "flux_engine_up", device="cpu") == 1
+    assert value(samples(own), "flux_engine_up", engine="0", device="cpu") == 1
 
 
 def test_labels_are_ours_and_nothing_of_a_request_is_among_them(own: Server) -> None:
@@ -115,7 +115,7 @@ def test_labels_are_ours_and_nothing_of_a_request_is_among_them(own: Server) -> 
     assert 'model="flux-krea-mini"' in text
     labels = {name for _, pairs in samples(own) for name, _ in pairs}
     assert labels <= {
-        "route", "outcome", "status", "precision", "acceleration", "stage", "le", "device", "cause",
+        "route", "outcome", "engine", "status", "precision", "acceleration", "stage", "le", "device", "cause",
         "version", "model", "precisions", "memory",
     }  # fmt: skip
 

@@ -76,7 +76,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 class TestKeys:
     def test_every_route_but_the_probes_wants_a_key(self, locked: Server) -> None:
         document = httpx.get(locked.url + "/openapi.json", headers={"authorization": "Bearer key-one"}).json()
-        paths = [*document["paths"], "/openapi.json", "/docs", "/nothing", "/"]
+        paths = [*document["paths"], "/openapi.json", "/docs", "/nothing", "/web"]
         paths += [p.removeprefix("/v1") for p in document["paths"] if p.startswith("/v1")]
         paths += ["/openai" + p for p in document["paths"] if p.startswith("/v1")]
         assert len(paths) > 10

@@ -45,6 +45,8 @@ class Live:
     task: asyncio.Task[Any]
     steps: dict[int, Step] = field(default_factory=dict)
     cancelled: bool = False
+    refused: StorageFull | None = None
+    """Why it must not go on: nothing of it can be written down."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Requests:
             except BaseException as error:
                 if isinstance(error, StorageFull) and not work.stores:
                     return task
+                if isinstance(error, StorageFull) and (live := self.live.get(work.id)):
+                    live.refused = error
                 task.cancel()
                 await asyncio.wait([task])
                 raise
@@ -221,6 +225,8 @@ class Requests:
             body = await work.run(note, on_picture)
             await self._finish(work.id, "succeeded", response=kept(body, whole), files=work.files)
         except asyncio.CancelledError:
+            if live.refused is not None:
+                raise live.refused from None
             if self.stopping:
                 raise Draining("The server is stopping. Send the request again.", retry_after=5) from None
             await self._finish(work.id, "cancelled", error=error_body(CANCELLED))

@@ -91,7 +91,9 @@ class Events:
     async def _completed(self, index: int, item: dict[str, Any], done: Done, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await before
-        body = {**item, **self._common(index), "usage": self.work.usage(done, 1)}
+        # The file's URL is for the history: until all of the request has succeeded the file may yet be removed.
+        told = {name: value for name, value in item.items() if name != "url"}
+        body = {**told, **self._common(index), "usage": self.work.usage(done, 1)}
         self.queue.put_nowait((f"{self.family}.completed", body))
 
     def _common(self, index: int) -> dict[str, Any]:

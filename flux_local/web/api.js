@@ -4,10 +4,9 @@ const KEY = "flux-local key";
 
 export class ApiError extends Error {
   constructor(status, error, retryAfter) {
-    super(error?.message ?? `The server answered ${status}.`);
+    super((error?.message ?? `The server answered ${status}.`) + (retryAfter ? ` (${retryAfter} s)` : ""));
     this.status = status;
     this.param = error?.param ?? null;
-    this.retryAfter = retryAfter;
   }
 }
 
@@ -31,9 +30,9 @@ export async function call(path, options = {}) {
 export const get = async (path) => (await call(path)).json();
 
 /** A request for pictures, as JSON, or as a form where there is an image. */
-export function draw({ params, image, mask }, signal) {
+export function draw({ params, image, mask }, signal, extra = {}) {
   if (!image) {
-    const headers = { "content-type": "application/json" };
+    const headers = { "content-type": "application/json", ...extra };
     return call("v1/images/generations", { method: "POST", headers, body: JSON.stringify(params), signal });
   }
   const form = new FormData();
@@ -42,7 +41,7 @@ export function draw({ params, image, mask }, signal) {
   }
   form.append("image", image, image.name ?? "image.png");
   if (mask) form.append("mask", mask, "mask.png");
-  return call("v1/images/edits", { method: "POST", body: form, signal });
+  return call("v1/images/edits", { method: "POST", headers: extra, body: form, signal });
 }
 
 /** The data of a response's server-sent events, as they come. */

@@ -1,13 +1,14 @@
 // The page: the form on one side, what was asked for on the other.
 
-import { ApiError, get, key } from "./api.js";
+import { ApiError, call, get, key } from "./api.js";
 import { Card } from "./card.js";
 import { byId, el } from "./dom.js";
 import { Form, Problem, streamed } from "./form.js";
-import { Painter } from "./mask.js";
+import { Painter, png } from "./mask.js";
 
 const STATE_EVERY = 5000; // milliseconds between looks at the server's state
 const PAGE = 24; // requests of the history at a time
+const READ = ["image/png", "image/jpeg", "image/webp"]; // by the server
 
 const painter = new Painter(byId("mask"), byId("brush"));
 const cards = new Map(); // by request
@@ -18,20 +19,24 @@ let viewed = null; // { card, item } in the viewer
 // The server's state and key.
 
 async function showState() {
+  let text;
   try {
     const { model, device, precision } = await get("ready");
-    byId("state").textContent = `${model} on ${device}, ${precision}`;
+    text = `${model} on ${device}, ${precision}`;
   } catch (error) {
-    byId("state").textContent = error instanceof ApiError ? error.message : "The server does not answer.";
+    text = error instanceof ApiError ? error.message : "The server does not answer.";
   }
+  if (byId("state").textContent !== text) byId("state").textContent = text;
 }
 
 async function askForKey() {
   const dialog = byId("key-dialog");
   if (dialog.open) return;
   byId("key-value").value = key.get();
+  dialog.returnValue = "";
   dialog.showModal();
   await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
+  if (dialog.returnValue !== "use") return;
   key.set(byId("key-value").value);
   location.reload();
 }
@@ -46,14 +51,20 @@ function problem(error) {
   if (error?.status === 401) askForKey();
 }
 
+function ready() {
+  if (form === null) problem(new Problem("The server has not answered yet. Reload the page if this stays.", null));
+  return form !== null;
+}
+
 async function start(file) {
+  if (!ready()) return;
   const bitmap = await createImageBitmap(file).catch(() => null);
   if (bitmap === null) {
     problem(new Problem("This file cannot be read as a picture. Choose a PNG, JPEG or WebP.", null));
     return;
   }
-  image = file;
-  byId("original").src = URL.createObjectURL(file);
+  image = READ.includes(file.type) ? file : await png(bitmap);
+  byId("original").src = URL.createObjectURL(image);
   painter.reset(bitmap.width, bitmap.height);
   byId("drop").hidden = true;
   byId("editor").hidden = false;
@@ -71,16 +82,18 @@ function withoutImage() {
 }
 
 async function submit() {
+  if (!ready()) return;
   problem(null);
-  let params;
+  let params, request;
   try {
     params = form.values();
+    request = { params: streamed(params), image, mask: image && (await painter.png()) };
+    // Painted over as it is seen: a browser may turn a picture by its metadata where the server does not, or the reverse.
+    if (request.mask) request.image = await png(byId("original"), painter.canvas.width, painter.canvas.height);
   } catch (error) {
-    if (!(error instanceof Problem)) throw error;
     problem(error);
     return;
   }
-  const request = { params: streamed(params), image, mask: image && (await painter.png()) };
   const ratio = image ? painter.canvas.width / painter.canvas.height : ratioOf(params);
   const card = new Card(params.prompt, params.n ?? 1, ratio, actions);
   byId("gallery").prepend(card.element);
@@ -131,6 +144,7 @@ const actions = {
       ...shown.map(([name, value]) => el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: String(value) }))),
     );
     Object.assign(byId("download"), { href: source, download: `flux-${item.seed}.${source.split(".").pop()}` });
+    byId("delete").textContent = card.pictures.length > 1 ? `Delete all ${card.pictures.length}` : "Delete";
     byId("viewer").showModal();
   },
   refused: problem,
@@ -151,8 +165,13 @@ async function showHistory(after) {
     card.follow(entry);
   }
   byId("older").hidden = !more;
-  byId("older").onclick = () => showHistory(data.at(-1).id).catch(problem);
+  byId("older").onclick = () => showHistory(lastShown()).catch(problem);
   byId("empty").hidden = byId("gallery").children.length > 0;
+}
+
+/** The last request of the gallery that the server knows of. */
+function lastShown() {
+  return [...byId("gallery").children].map((card) => card.dataset.id).filter(Boolean).at(-1);
 }
 
 // What the user does.
@@ -162,7 +181,9 @@ byId("form").addEventListener("submit", (event) => {
   submit();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) submit();
+  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || document.querySelector("dialog[open]")) return;
+  event.preventDefault();
+  if (!event.repeat) submit();
 });
 byId("file").addEventListener("change", ({ target }) => target.files[0] && start(target.files[0]));
 document.addEventListener("paste", ({ clipboardData }) => {
@@ -186,6 +207,7 @@ byId("curl").onclick = async ({ target }) => {
     target.textContent = "Copied";
   } catch (error) {
     problem(error instanceof Problem ? error : new Problem("The browser does not let this page copy.", null));
+    return;
   }
   setTimeout(() => (target.textContent = "Copy as curl"), 1500);
 };
@@ -195,9 +217,12 @@ byId("reuse").onclick = () => {
   byId("viewer").close();
 };
 byId("edit").onclick = async () => {
-  const file = await (await fetch(viewed.source)).blob();
   byId("viewer").close();
-  await start(file);
+  try {
+    await start(await (await call(viewed.source)).blob());
+  } catch (error) {
+    problem(error);
+  }
 };
 byId("delete").onclick = () => {
   byId("viewer").close();

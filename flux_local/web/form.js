@@ -29,8 +29,12 @@ export class Form {
     for (const row of this.rows) {
       const { label, input } = this.fields.get(row.name);
       label.hidden = input.disabled = !row.modes.includes(mode);
-      const first = input.options?.[0];
-      if (first && row.name === "aspect_ratio") first.text = mode === "edits" ? "the picture's" : `${row.default}`;
+      if (!row.examples) continue;
+      // An edit's size is the picture's, and so the usual default is a choice of its own there.
+      input.options[0].text = mode === "edits" ? "the picture's" : row.default;
+      const usual = [...input.options].find((option) => option.value === row.default);
+      usual.hidden = usual.disabled = mode !== "edits";
+      if (usual.selected && usual.disabled) input.value = "";
     }
   }
 
@@ -39,8 +43,9 @@ export class Form {
     const found = { prompt: this.prompt.value };
     for (const row of this.rows) {
       const { input } = this.fields.get(row.name);
-      if (input.disabled || input.value.trim() === "") continue;
+      if (input.disabled) continue;
       if (!input.checkValidity()) throw new Problem(`${title(row)}: ${input.validationMessage}`, row.name);
+      if (input.value.trim() === "") continue; // no sooner: what is no number reads as empty
       found[row.name] = typed(row, input.value.trim());
     }
     return found;
@@ -49,8 +54,9 @@ export class Form {
   /** Sets the fields to the parameters of an entry of the history. */
   fill(params) {
     const known = {
-      seed: params.seeds[0], n: params.seeds.length, size: params.delivered, num_inference_steps: params.steps,
+      seed: Number.isSafeInteger(params.seeds[0]) ? params.seeds[0] : null, n: params.seeds.length, size: params.delivered, num_inference_steps: params.steps,
       cfg_scale: params.guidance, max_sequence_length: params.max_length, enable_safety_checker: params.check,
+      output_compression: params.output_quality,
       loras: params.loras?.map(([name, scale]) => `${name}:${scale}`).join(", "),
     };
     this.prompt.value = params.prompt;
@@ -100,7 +106,7 @@ function control(row) {
   const choices = row.values ?? row.examples ?? (row.type === "boolean" ? ["true", "false"] : null);
   let input;
   if (choices) {
-    const offered = choices.filter((choice) => String(choice) !== String(row.default) && choice !== "jpg");
+    const offered = choices.filter((choice) => (row.examples || choice !== row.default) && choice !== "jpg");
     const first = row.default === null ? shown : String(row.default);
     input = el("select", {}, ...[["", first], ...offered.map((c) => [c, c])].map(
       ([value, text]) => el("option", { value, text: text === "true" ? "yes" : text === "false" ? "no" : text }),
@@ -108,7 +114,7 @@ function control(row) {
   } else if (row.type === "number" || row.type === "integer") {
     const placeholder = row.default === null ? shown : String(row.default);
     input = el("input", { type: "number", min: row.minimum, step: row.type === "integer" ? 1 : "any", placeholder });
-    if (row.maximum <= Number.MAX_SAFE_INTEGER) input.max = row.maximum;
+    input.max = Math.min(row.maximum, Number.MAX_SAFE_INTEGER);
   } else {
     input = el("input", { type: "text", placeholder: shown });
     if (row.maximum) input.maxLength = row.maximum;

@@ -1,5 +1,17 @@
 // Painting a mask over a picture: what is painted is to be drawn anew.
 
+/** A canvas, or a picture of so many pixels, as a PNG file. */
+export function png(picture, width = picture.width, height = picture.height) {
+  let page = picture;
+  if (!(picture instanceof HTMLCanvasElement)) {
+    page = Object.assign(document.createElement("canvas"), { width, height });
+    page.getContext("2d").drawImage(picture, 0, 0);
+  }
+  return new Promise((resolve, reject) => page.toBlob((blob) => (
+    blob ? resolve(blob) : reject(new Error("This picture is too large for the browser. Make it smaller first."))
+  ), "image/png"));
+}
+
 export class Painter {
   constructor(canvas, brush) {
     this.canvas = canvas;
@@ -36,7 +48,7 @@ export class Painter {
     pen.fillRect(0, 0, width, height);
     pen.globalCompositeOperation = "destination-out";
     pen.drawImage(this.canvas, 0, 0);
-    return new Promise((resolve) => mask.toBlob(resolve, "image/png"));
+    return png(mask);
   }
 
   #at(event) {
