@@ -1,0 +1,41 @@
+"""What stands in deploy/ fits the server."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+
+import httpx
+
+from flux_local import errors
+from flux_local.config import Settings
+from tests.servers import ROOT, Server
+
+DEPLOY = ROOT / "deploy"
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(server: Server) -> None:
+    server.post({"prompt": "a red circle", "size": "128x128", "steps": 1})
+    text = httpx.get(server.url + "/metrics").text
+    there = set(re.findall(r"^([a-z_]+)(?:\{| )", text, re.MULTILINE))
+    panels = json.loads((DEPLOY / "grafana.json").read_text())["panels"]
+    asked = {
+        name
+        for panel in panels
+        for target in panel["targets"]
+        for name in re.findall(r"\b((?:flux|process)_[a-z_]+)\{", target["expr"])
+    }
+    assert len(asked) > 12
+    assert asked <= there
+
+
+def test_the_unit_knows_exit_codes_and_settings() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(DEPLOY / "flux-local.service")
+    never = {errors.SettingsError.exit_code, errors.AlreadyTaken.exit_code, errors.WeightsError.exit_code}
+    assert set(map(int, unit["Service"]["RestartPreventExitStatus"].split())) == never
+    names = re.findall(r"^Environment=FLUX_LOCAL_([A-Z_]+)=", (DEPLOY / "flux-local.service").read_text(), re.MULTILINE)
+    assert len(names) == 2
+    assert {name.lower() for name in names} <= set(Settings.__struct_fields__)
