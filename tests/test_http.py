@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import concurrent.futures
+import contextlib
 import io
 import json
 import re
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from mini.judge import look
 from PIL import Image
 
 from flux_local.api import bodies
 from flux_local.errors import RequestTooLarge, TryLater
-from tests.servers import ROOT, Server, eventually, leaving_after, pictures
+from tests.servers import ROOT, Server, eventually, leaving_after, pictures, running
 
 PROMPT = "a large red star on a blue background"
 GENERATIONS = "/v1/images/generations"
@@ -318,6 +321,30 @@ def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatc
         asyncio.run(late())
     with pytest.raises(RequestTooLarge):
         asyncio.run(large())
+
+
+@pytest.mark.slow
+def test_large_bodies_have_only_so_much_memory(tmp_path: Path) -> None:
+    """Ten bodies of 60 MB that never end: the ninth is told to come later, what is small goes on, all is given back."""
+    with running(tmp_path) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        head = b"POST /v1/images/edits HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        part = b'{"image": "data:image/png;base64,' + b"A" * 60_000_000
+        with contextlib.ExitStack() as stack:
+            for index in range(9):
+                connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+                with contextlib.suppress(ConnectionError):  # the ninth is answered, and closed, before its end
+                    connection.sendall(head + b"content-length: 60000100\r\n\r\n" + part)
+                if index < 8:
+                    continue
+                answer = connection.recv(1000)
+                assert b" 429 " in answer.split(b"\r\n")[0]
+                assert b"retry-after: 5" in answer.lower()
+            assert server.post({"prompt": "a red circle", "size": "128x128", "steps": 1}).status_code == 200
+            assert psutil.Process(server.process.pid).memory_info().rss < 1_000_000_000
+        image = base64.b64encode(b"x" * 2_000_000).decode()
+        body = {"prompt": "x", "image": f"data:image/png;base64,{image}"}
+        eventually(lambda: server.post(body, "/v1/images/edits").status_code == 400)  # read, and no picture
 
 
 def test_a_client_that_leaves_frees_its_place(server: Server) -> None:

@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import json
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from flux_local.errors import Cancelled, InvalidJson, RequestTooLarge, TryLater, UnsupportedMediaType
+from flux_local.errors import Cancelled, InvalidJson, RateLimited, RequestTooLarge, TryLater, UnsupportedMediaType
 
 JSON_LIMIT = 1_000_000
 BODY_SECONDS, SLOWEST = 60.0, 100_000
@@ -43,14 +43,54 @@ async def arriving(limit: int) -> AsyncIterator[Callable[[int], None]]:
         raise Cancelled("The client went away.") from error
 
 
-async def read(request: Request, limit: int) -> bytes:
-    """The body. Raises what `arriving` raises."""
+class Memory:
+    """The bytes of large bodies that are held in memory at a time."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Gives what is to be called for more; all of it is given back in the end. Raises `RateLimited`: no room."""
+        own = 0
+
+        def take(more: int) -> None:
+            nonlocal own
+            if self.taken + more > self.limit:
+                raise RateLimited(
+                    "Too much is being sent at a time. Try again after the time in Retry-After, or send pictures as "
+                    "multipart/form-data, which waits on the disk.",
+                    retry_after=5,
+                )
+            own += more
+            self.taken += more
+
+        try:
+            yield take
+        finally:
+            self.taken -= own
+
+
+MEMORY = Memory(512_000_000)
+
+
+async def read(request: Request, limit: int, take: Callable[[int], None] = lambda more: None) -> bytes:
+    """The body, `take` called for each part. Raises what `arriving` and `take` raise."""
     body = bytearray()
     async with arriving(limit) as count:
         async for chunk in request.stream():
             count(len(chunk))
+            take(len(chunk))
             body += chunk
     return bytes(body)
+
+
+@contextlib.asynccontextmanager
+async def large(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """The body, with its share of MEMORY as long as the block lasts. Raises what `read` and `Memory.share` raise."""
+    with MEMORY.share() as take:
+        yield await read(request, limit, take)
 
 
 async def json_object(request: Request) -> dict[str, Any]:

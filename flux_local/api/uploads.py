@@ -30,6 +30,8 @@ from flux_local.plan import Source
 BODY_LIMIT = 64_000_000
 IMAGE_LIMIT = 50_000_000
 PARTS = 64
+PARSING = asyncio.Semaphore(2)
+"""JSON bodies with pictures that are taken apart at a time: each needs several times its size for a moment."""
 WITHOUT_PICTURES = f"Without its pictures the request may have at most {bodies.JSON_LIMIT:,} bytes."
 PICTURE = re.compile(rb'"(?:data:[^"]*|[a-z0-9+/=_\\-]{1024,})"', re.IGNORECASE)
 """A string of JSON that is a data URL, or was meant to be one."""
@@ -45,7 +47,8 @@ async def read(request: Request, decoder: SafeDecoder) -> tuple[dict[str, Any], 
     if kind == "multipart/form-data":
         raw, images, masks = await from_multipart(request)
     elif kind == "application/json":
-        raw, images, masks = await asyncio.to_thread(from_json, await bodies.read(request, BODY_LIMIT))
+        async with bodies.large(request, BODY_LIMIT) as body, PARSING:
+            raw, images, masks = await asyncio.to_thread(from_json, body)
     else:
         raise UnsupportedMediaType("Send the request as multipart/form-data, or as JSON with data URLs.")
     if not images:
