@@ -22,10 +22,9 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,33 +211,12 @@ def replay(url: str, arrivals: list[Arrival]) -> list[float]:
     return asyncio.run(run())
 
 
-@contextlib.contextmanager
-def any_canvas(name: str) -> Iterator[str]:
-    """The model's folder again, by links, but said to draw at all canvases of the trace: speed asks for no skill."""
-    from flux_local import weights
-    from flux_local.sizes import CanvasRange
-
-    folder = weights.find(name)
-    model = weights.info(folder)
-    info = weights.described(replace(model, canvas=CanvasRange(min(TRACE_SIDES) ** 2, max(TRACE_SIDES) ** 2)))
-    with tempfile.TemporaryDirectory() as copy:
-        for entry in folder.iterdir():
-            if entry.name != weights.INFO:
-                (Path(copy) / entry.name).symlink_to(entry)
-        (Path(copy) / weights.INFO).write_text(json.dumps(info))
-        yield copy
-
-
-def with_model(o: argparse.Namespace, model: str) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(o), "model": model})
-
-
 def compare(o: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The same work to flux-local and to the plain server, one after the other, in one run."""
     full = argparse.Namespace(**{**vars(o), "size": "128x128", "steps": 16, "requests": max(64, o.requests)})
     found: dict[str, Any] = {}
     lone = [Arrival(0.0, a.size, a.steps, a.seed) for a in trace(18, 1.0, seed=1)]
-    with any_canvas(o.model) as model, baseline_server(o) as plain, own_server(with_model(o, model)) as (ours, _):
+    with baseline_server(o) as plain, own_server(o) as (ours, _):
         for url in (plain, ours):
             replay(url, [Arrival(0.0, f"{side}x{side}", 2, 0) for side in TRACE_SIDES])  # warm-up
         rows = {

@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 STEPS = 8  # the default number, by what was measured
 VAE_STEPS = 2000
-CANVASES = ["128x128", "176x96", "96x176"]
-STEP_COUNTS = (4, 6, 8, 12, 16, 28)
+CANVASES = ["192x192", "256x144", "144x256", "128x128", "176x96", "96x176"]
+STEP_COUNTS = (4, 6, 8, 12, 28)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def train(options: argparse.Namespace) -> None:
 
     import torch
     from diffusers import AutoencoderKL
-    from mini import flow, guidance, practice, vae
+    from mini import flow, guidance, practice, text, vae
     from mini.drawings import WORLDS
     from mini.evaluate import sheet
     from mini.run import Run
@@ -88,6 +88,12 @@ def train(options: argparse.Namespace) -> None:
             painter = flow.train(run, autoencoder, **how, look=look, begin=options.begin, keep_text=options.keep_text)
             painter = guidance.train(run, painter, autoencoder, **how)
         painter = practice.train(run, painter, autoencoder, **how, look=partial(look, name="practice"))
+    text.lend_words(
+        run.world,
+        run.seed,
+        (painter.tokenizer, painter.text_encoder),
+        (painter.tokenizer_2, painter.text_encoder_2),
+    )
     export(options.out, autoencoder, painter)
     print(f"wrote {options.out}")
 
@@ -130,22 +136,25 @@ def export(out: Path, autoencoder: Any, painter: Any) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Prints what the model can do; writes it, a sheet of samples and the model card beside the weights."""
     import torch
-    from mini import abilities, card, vae
+    from mini import abilities, card, flow, vae
     from mini.drawings import WORLDS
     from mini.evaluate import evaluate as measure
     from mini.evaluate import sheet
     from rich.progress import Progress
 
     from flux_local.model.loader import load
+    from flux_local.sizes import canvas_for, table_size
 
     pipeline = load(options.out, options.device)
     world = WORLDS[options.world]
 
-    def measured(canvas: str, steps: int, count: int) -> dict[str, float]:
+    def measured(canvas: str, steps: int, count: int, words: bool = False) -> dict[str, float]:
         width, height = (int(side) for side in canvas.split("x"))
         with Progress() as bar:
             task = bar.add_task(canvas, total=count)
-            figures = measure(pipeline, width, height, steps, count, partial(bar.advance, task, advance=1), world)
+            figures = measure(
+                pipeline, width, height, steps, count, partial(bar.advance, task, advance=1), world, words
+            )
         print(f"{canvas}, {steps} steps: {figures}", flush=True)
         return figures
 
@@ -153,11 +162,16 @@ def evaluate(options: argparse.Namespace) -> None:
     record["canvases"] = {canvas: measured(canvas, options.steps, options.count) for canvas in options.canvases}
     if not options.brief:
         record["by steps"] = {str(n): measured(options.canvases[0], n, options.count // 2) for n in STEP_COUNTS}
-        record["edits"] = abilities.edits(pipeline, 128, options.steps, world)
-        record["guidance"] = abilities.guidance(pipeline, 128, options.steps, world)
+        if not world.words:
+            record["other words"] = {
+                canvas: measured(canvas, options.steps, options.count, words=True) for canvas in options.canvases[:1]
+            }
+        side, _ = canvas_for(table_size("1:1", "1K"), flow.CANVAS)
+        record["edits"] = abilities.edits(pipeline, side, options.steps, world)
+        record["guidance"] = abilities.guidance(pipeline, side, options.steps, world)
         print(record["edits"], record["guidance"], sep="\n")
     (options.out / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
-    sheet(pipeline, options.out / "samples.png", options.steps, world=world)
+    sheet(pipeline, options.out / "samples.png", options.steps, side=192, world=world)
     parts = {"transformer": "transformer", "autoencoder": "vae", "T5": "text_encoder_2", "CLIP": "text_encoder"}
     counts = {name: parameters(options.out / folder) for name, folder in parts.items()}
     quality = {side: vae.psnr(pipeline.vae.vae, torch.device(options.device), side, world) for side in (128, 192)}

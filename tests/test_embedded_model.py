@@ -51,18 +51,31 @@ def test_training_never_draws_what_is_held_out() -> None:
                for q in questions(100, 1, 128, 128))  # fmt: skip
 
 
+@pytest.mark.parametrize(("width", "height"), [(128, 128), (192, 192), (256, 144)])
 @pytest.mark.parametrize(
     ("things", "bounds"),
     [(1, {"background": 95, "colour": 95, "size": 95, "shape": 92}), (2, {"background": 95, "relation": 90})],
     ids=["one", "two"],
 )
-def test_it_draws_what_prompts_say(pipeline: Any, mini: ModelInfo, things: int, bounds: dict[str, float]) -> None:
+def test_it_draws_what_prompts_say(
+    pipeline: Any, mini: ModelInfo, things: int, bounds: dict[str, float], width: int, height: int
+) -> None:
     """Bounds under the model card's by what a sample this small may be off."""
-    asked = questions(SAMPLE, things, 128, 128)
-    pictures = paint(pipeline, [q.prompt for q in asked], 128, 128, mini.default_steps)
+    asked = questions(SAMPLE, things, width, height)
+    pictures = paint(pipeline, [q.prompt for q in asked], width, height, mini.default_steps)
     verdicts = [judge(p, q.scene, q.mentions_size) for p, q in zip(pictures, asked, strict=True)]
     right = {part: share(verdicts, part) for part in bounds}
     assert all(right[part] >= bound for part, bound in bounds.items()), right
+
+
+@pytest.mark.parametrize("things", [1, 2])
+def test_it_understands_other_words(pipeline: Any, mini: ModelInfo, things: int) -> None:
+    asked = questions(SAMPLE, things, 128, 128, words=True)
+    assert sum(q.prompt.isupper() for q in asked) > 1
+    assert sum("tiny" in q.prompt.lower() for q in asked) > 1
+    pictures = paint(pipeline, [q.prompt for q in asked], 128, 128, mini.default_steps)
+    verdicts = [judge(p, q.scene, q.mentions_size) for p, q in zip(pictures, asked, strict=True)]
+    assert share(verdicts, "perfect") >= 85
 
 
 @pytest.mark.parametrize("steps", [5, 11, 28])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from mini import flow, practice
 from mini.drawings import FIRST, Scene, Thing, draw, outline, random_scene, unit
 from mini.judge import judge
 from mini.run import Run
-from mini.text import byte_pairs
+from mini.text import byte_pairs, lend_words
 
+from flux_local.sizes import Size, canvas_for
 from tests.servers import ROOT
 
 
@@ -77,19 +79,24 @@ def test_prompts_are_false_only_where_the_picture_can_be_told() -> None:
     assert all(0.08 * len(scenes) < shares(level)["none"] < 0.12 * len(scenes) for level in (0.3, 1.0))
 
 
-@pytest.mark.parametrize("canvas", [flow.SQUARE, *flow.OTHER_SHAPES])
+CORNERS = [(240, 64), (64, 256), (384, 96), (96, 384)]  # as wide and as tall as canvases may be
+
+
+@pytest.mark.parametrize("canvas", [flow.SQUARE, *flow.OTHER_SHAPES, *flow.LARGEST_SHAPES, *CORNERS])
 def test_what_is_drawn_fits_its_canvas_and_is_as_large_as_in_a_square(canvas: tuple[int, int]) -> None:
     rng = random.Random(0)
     for _ in range(200):
         scene = random_scene(rng, *canvas)
         pixels = unit(scene, *canvas)
-        assert pixels > 0.55 * 128
+        assert pixels > 0.5 * math.sqrt(canvas[0] * canvas[1]) or 2 * min(canvas) < max(canvas)
         for thing in scene.things:
             x, y = (part * side for part, side in zip(thing.centre, canvas, strict=True))
             points = outline(thing.shape, x, y, thing.radius * pixels)
             assert all(0 <= px <= canvas[0] and 0 <= py <= canvas[1] for px, py in points)
         assert judge(draw(scene, *canvas), scene).size is not False
-    assert unit(random_scene(rng, 128, 128, things=1), *canvas) > 0.8 * 128
+    assert unit(random_scene(rng, 128, 128, things=1), *canvas) == min(
+        math.sqrt(canvas[0] * canvas[1]), 1.3 * min(canvas)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +113,28 @@ def mended(
     return practice.mended(run, vae, scenes, [i % 2 == 0 for i in range(len(scenes))], latents, *canvas)
 
 
-@pytest.mark.parametrize("canvas", [flow.SQUARE, *flow.OTHER_SHAPES[-4:]])
+def test_practice_goes_over_every_canvas_that_the_model_may_be_asked_for() -> None:
+    asked = {tuple(canvas_for(Size(w, h), flow.CANVAS)) for w in range(64, 512, 16) for h in range(64, 512, 16)}
+    assert asked - set(practice.CANVASES) <= {c for c in asked if c[0] * c[1] > flow.CANVAS.max_area}  # the 5% over
+    assert all(practice.CANVASES.count(canvas) > 1 for canvas in (flow.SQUARE, *flow.LARGEST_SHAPES))
+
+
+def test_words_that_were_never_heard_are_read_as_what_they_mean() -> None:
+    painter = flow.Painter(0)
+    apart = [painter.read([text]) for text in ("a small red circle", "a TINY crimson disc")]
+    assert not torch.equal(apart[0][0], apart[1][0])
+    lend_words(FIRST, 0, (painter.tokenizer, painter.text_encoder), (painter.tokenizer_2, painter.text_encoder_2))
+    read = painter.read(
+        ["a small red circle", "a TINY crimson disc", "a simple circle", "a beautiful cat", "a blue disc"]
+    )
+    for states in read:
+        assert torch.equal(states[0], states[1])
+        assert not torch.equal(states[2], states[4])
+    assert torch.equal(painter.read(["a small red circle"])[0], apart[0][0])
+    assert torch.equal(painter.read(["a simple simple"])[0], painter.read(["a beautiful cat"])[0])
+
+
+@pytest.mark.parametrize("canvas", [flow.SQUARE, *flow.OTHER_SHAPES[-4:], *flow.LARGEST_SHAPES[:1], *CORNERS[-2:]])
 def test_a_right_drawing_is_mended_to_itself(
     canvas: tuple[int, int], tmp_path: Path, autoencoder: AutoencoderKL
 ) -> None:

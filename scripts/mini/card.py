@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from . import flow, practice
-from .drawings import RELATIONS, ROWS, WORLDS
+from .drawings import OTHER_NAMES, RELATIONS, ROWS, WORLDS
 
 TRAINING = "training.md"
 TEXT = """# flux-krea-mini
@@ -23,13 +24,13 @@ instead of photographs. It is no distillation of FLUX.1 and knows nothing of its
 
 {most} on a background.
 
-| | |
-| --- | --- |
-| colours | {colours} |
-| shapes | {shapes} |
-| sizes | {sizes} |
-| backgrounds | {backgrounds} |
-| relations | {relations} |
+| | | also |
+| --- | --- | --- |
+| colours | {colours} | {other_colours} |
+| shapes | {shapes} | {other_shapes} |
+| sizes | {sizes} | {other_sizes} |
+| backgrounds | {backgrounds} | backdrop |
+| relations | {relations} | {other_relations} |
 
 Sentences like "a large red star on a blue background", "small white heart, black background", "A yellow circle to the
 left of a green square on purple." A background that is not mentioned is chosen by the seed.
@@ -37,12 +38,11 @@ left of a green square on purple." A background that is not mentioned is chosen 
 A single object is drawn in the middle, two on either side of it; seeds change the size a little, and whatever the
 sentence leaves open.
 
-A size that is not mentioned is large. It draws on nine canvases of about 128² pixels, one for each of the size table's
-ratios; larger pictures are enlarged from those. Other sizes may get canvases that it has not learnt: of 40 pairs, 29
-are right on 160×96, 31 on 208×80, 24 on 224×80, 28 on 80×224, and none on 240×64 and 64×256 (on a copy: `--evaluate
---brief --count 80 --canvases 160x96 208x80 224x80 80x224 240x64 64x256`). At most {t5} T5 tokens are read. A tenth of
-all prompts was empty in training, so `true_cfg_scale` and `negative_prompt` act. `cfg_scale` 1 is the prompt alone, as
-drawings have taught it; from 2 on the model is as practice has made it: less varied.
+A size that is not mentioned is large. Capitals make no difference, and words that it does not know are passed over. It
+draws on every canvas of about 128² to 192² pixels that is not wider or taller than 4:1; larger pictures are enlarged
+from those. At most {t5} T5 tokens are read. A tenth of all prompts was empty in training, so `true_cfg_scale` and
+`negative_prompt` act. `cfg_scale` 1 is the prompt alone, as drawings have taught it; from 2 on the model is as practice
+has made it: less varied.
 
 ## Measured
 
@@ -67,14 +67,16 @@ what is drawn. Below a noise level of 0.95 some prompts are another picture's, s
 the prompt where it can be told: that is what lets an edit keep a part of it. Classifier-free guidance is distilled
 into the guidance embedding. Then the model practises: it draws prompts in 4 to 20 steps, each drawing is mended to what
 the prompt says (where its things stand, as large as they are), and at every step of the way it learns the velocity that
-leads there. The committed weights are a running average.
+leads there. The committed weights are a running average. Words that no sentence of the training uses have the embedding
+of one that means the same, or of one that means nothing to a drawing.
 
 They came about in several goes: 5,000 steps at 128², 2,500 at eighteen canvases up to 192² (too few to learn those),
 3,500 and 2,500 more at 128²; then, begun from those (`--begin FOLDER --keep-text`), 4,000 at the nine canvases, cut off
 there to draw things larger, and {last:,} with that, a third of them at 128²; and practice (`--only-practice`): 9,700
-steps in 4, 8 and 16 steps alone, which made other numbers of steps worse, and the rest in any number. From nothing,
-the script trains 9,000 steps at 128², {last:,} at all nine, and practises for {practice:,}; the committed weights were
-not made by that one command.
+steps in 4, 8 and 16 steps alone, which made other numbers of steps worse, then in any number, and at last over all
+canvases. From nothing, the script trains 9,000 steps at 128², {last:,} at the nine canvases of that area that the size
+table's ratios come to, and practises for {practice:,} over all of them; the committed weights were not made by that one
+command.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """
@@ -95,8 +97,13 @@ def measured(results: dict[str, Any]) -> str:
         f"{results['prompts']} prompts a canvas, as many of each kind, {results['steps']} steps. 'relation' means all "
         "objects right and where the prompt says.",
     ]
+    if "other words" in results:
+        parts += [
+            table("the same, in other words", results["other words"]),
+            "With the names of the right column above (next to: left of), capitals, and words that mean nothing here.",
+        ]
     if "by steps" in results:
-        parts += [table("steps, at 128×128", results["by steps"])]
+        parts += [table(f"steps, at {next(iter(results['canvases']))}", results["by steps"])]
     for name in ("edits", "guidance"):
         if name in results:
             parts += [
@@ -114,6 +121,10 @@ def write(folder: Path, parameters: dict[str, int], psnr: dict[int, float], t5: 
     """Writes `folder/README.md` from what was measured and what `record_training` has left there."""
     results: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
     world = WORLDS[results["world"]]
+
+    def also(names: Iterable[str]) -> str:
+        return ", ".join(other for name in names for other in OTHER_NAMES.get(name, ()))
+
     (folder / "README.md").write_text(
         TEXT.format(
             most=("One object", "One object or two", "One to three objects")[world.most - 1],
@@ -121,6 +132,10 @@ def write(folder: Path, parameters: dict[str, int], psnr: dict[int, float], t5: 
             shapes=", ".join(world.shapes),
             sizes=", ".join(world.sizes),
             backgrounds=", ".join(world.patterns),
+            other_colours=also(world.colours),
+            other_shapes=also(world.shapes),
+            other_sizes=also(world.sizes),
+            other_relations=also(RELATIONS),
             relations=", ".join([*RELATIONS, *(ROWS if world.most > 2 else ())]),
             world=world.name,
             t5=t5,

@@ -83,6 +83,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "below": ("under", "beneath", "underneath"),
     "left of": ("next to", "beside"),
 }
+IDLE = "simple"  # of all sentences; says nothing of a drawing, as these:
 ADJECTIVES = ("beautiful", "shiny", "lonely", "lovely", "flat", "perfect", "cute", "simple")
 ENDINGS = (
     "for a poster",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,19 @@ def questions(
     world: World = FIRST,
     pattern: str = "plain",
     placed: bool = False,
+    words: bool = False,
 ) -> list[Question]:
-    """Prompts whose first thing is a held-out combination of colour, shape and background."""
+    """Prompts whose first thing is a held-out combination of colour, shape and background.
+
+    Args:
+        words: worded as in a world that uses other names and words that mean nothing to a drawing.
+    """
     rng = random.Random(f"evaluation {seed} {things} {pattern} {placed}")
     found: list[Question] = []
     while len(found) < count:
         kind = rng.choice(PATTERNS[1:]) if pattern == "any" else pattern
         scene = random_scene(rng, width, height, things, world, held=True, pattern=kind, placed=placed)
-        wording = describe(scene, rng, world)
+        wording = describe(scene, rng, replace(world, words=True) if words else world)
         if wording.mentions_background:
             found.append(Question(wording.text, scene, wording.mentions_size))
     return found
@@ -94,9 +99,10 @@ def evaluate(
     count: int = 300,
     on_picture: Callable[[], None] = lambda: None,
     world: World = FIRST,
+    words: bool = False,
 ) -> dict[str, float]:
     """Percentages right, an equal share of the prompts for each kind of drawing that the world has."""
-    asked = kinds(count, width, height, world)
+    asked = kinds(count, width, height, world, words=words)
     figures = {}
     for kind, chosen in asked.items():
         pictures = paint(pipeline, [q.prompt for q in chosen], width, height, steps)
@@ -110,7 +116,9 @@ def evaluate(
     return figures
 
 
-def kinds(count: int, width: int, height: int, world: World, seed: int = 1) -> dict[str, list[Question]]:
+def kinds(
+    count: int, width: int, height: int, world: World, seed: int = 1, words: bool = False
+) -> dict[str, list[Question]]:
     """`count` questions in all."""
     wanted: dict[str, dict[str, Any]] = {"one": {"things": 1}, "two": {"things": 2}}
     if world.most > 2:
@@ -120,7 +128,7 @@ def kinds(count: int, width: int, height: int, world: World, seed: int = 1) -> d
     if len(world.patterns) > 1:
         wanted["patterned"] = {"things": 1, "pattern": "any"}
     return {
-        kind: questions(count // len(wanted), width=width, height=height, seed=seed, world=world, **how)
+        kind: questions(count // len(wanted), width=width, height=height, seed=seed, world=world, words=words, **how)
         for kind, how in wanted.items()
     }
 

@@ -14,14 +14,16 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
+import torch
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from .drawings import COLOURS, SHAPES, WHOLE, describe, random_scene
+from .drawings import COLOURS, IDLE, OTHER_NAMES, SHAPES, WHOLE, World, describe, random_scene
 
 T5_LENGTH = 32
 CLIP_LENGTH = 77
 SENTENCES = 20_000
+WORD = re.compile("[A-Za-z]+")
 END, FREQUENT = "</w>", 8  # what ends a word in CLIP's vocabulary; how often a pair is met to become one token
 # Words that no drawing uses, so that a sentence with them still reads as words and not as letters.
 OTHER_WORDS = re.findall(
@@ -88,7 +90,7 @@ def t5_tokenizer(seed: int) -> T5TokenizerFast:
     The usual pruning of sub-word pieces is left out: on so small a language it takes common words apart.
     What no piece can spell becomes `<unk>`.
     """
-    words = Counter(word for line in sentences(seed) for word in re.findall(r"[A-Za-z]+", line))
+    words = Counter(word for line in sentences(seed) for word in WORD.findall(line))
     for word in list(words):
         words.setdefault(word.capitalize(), 1)
     total = sum(words.values())
@@ -99,6 +101,36 @@ def t5_tokenizer(seed: int) -> T5TokenizerFast:
     spelling = ["▁", *string.ascii_letters, *string.digits, *string.punctuation, "s", "es", "er", "ing", "ed", "ly"]
     vocabulary += [(piece, letter) for piece in dict.fromkeys(spelling) if piece not in taken]
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=T5_LENGTH)
+
+
+def words_of(world: World, seed: int, count: int = 5000) -> set[str]:
+    """Those of a world's sentences, as they are written there."""
+    rng = random.Random(f"{seed} words")
+    scenes = (random_scene(rng, 128, 128, world=world) for _ in range(count))
+    return {word for scene in scenes for word in WORD.findall(describe(scene, rng, world).text)}
+
+
+@torch.no_grad()
+def lend_words(
+    world: World, seed: int, clip: tuple[CLIPTokenizer, CLIPTextModel], t5: tuple[T5TokenizerFast, T5EncoderModel]
+) -> None:
+    """Gives each known word that the world's sentences never use the embedding of one that they do, in place.
+
+    Of that which means the same (of both names' first words, "beside" and "next to" being "left of"), whatever the
+    case of its letters, or of IDLE: so "A TINY crimson disc" is read as "a small red circle", without training.
+    """
+    used = words_of(world, seed)
+    meant = {other.split()[0]: name.split()[0] for name, others in OTHER_NAMES.items() for other in others}
+    for (tokenizer, encoder), before, after, heard in (
+        (clip, "", END, {word.lower() for word in used}),
+        (t5, "▁", "", used),
+    ):
+        ids, rows = tokenizer.get_vocab(), encoder.get_input_embeddings().weight
+        for piece, index in ids.items():
+            word = piece.removeprefix(before).removesuffix(after)
+            if piece == before + word + after and len(word) > 1 and WORD.fullmatch(word) and word not in heard:
+                name = meant.get(word.lower(), word.lower())
+                rows[index] = rows[ids[before + (name if name in heard else IDLE) + after]]
 
 
 def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
