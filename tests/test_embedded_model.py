@@ -51,7 +51,7 @@ def test_training_never_draws_what_is_held_out() -> None:
                for q in questions(100, 1, 128, 128))  # fmt: skip
 
 
-@pytest.mark.parametrize(("width", "height"), [(128, 128), (192, 192), (256, 144)])
+@pytest.mark.parametrize(("width", "height"), [(128, 128), (192, 192), pytest.param(256, 144, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("things", "bounds"),
     [(1, {"background": 95, "colour": 95, "size": 95, "shape": 92}), (2, {"background": 95, "relation": 90})],

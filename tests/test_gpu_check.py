@@ -43,6 +43,7 @@ def test_runs_on_a_bare_machine(tmp_path: Path) -> None:
     assert printed["floor"]["64"]["least_ms"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_way_to_load_is_measured(tmp_path: Path) -> None:
     """`scripts/load_check.py`: a process for each, all five, adapters where they can be changed."""

@@ -294,4 +294,4 @@ def start_is_quick_and_small(tmp_path: Path) -> None:
     assert seconds - float(libraries.stdout) < 4, f"{seconds:.1f} s to ready, {libraries.stdout} s of it imports"
     assert loading < 1.5, f"{loading:.1f} s to load the weights"
     assert memory < 1.5e9
-    assert len(lines) == 6, server.output
+    assert len(lines) == 7, server.output
