@@ -38,7 +38,8 @@ left of a green square on purple." A background that is not mentioned is chosen 
 A single object is drawn in the middle, two on either side of it; seeds change the size a little, and whatever the
 sentence leaves open.
 
-A size that is not mentioned is large. Capitals make no difference, and words that it does not know are passed over. It
+A size that is not mentioned is large. Capitals make no difference, and words that it does not know are passed over ("on
+top of" is one that it does not yet understand). It
 draws on every canvas of about 128² to 192² pixels that is not wider or taller than 4:1; larger pictures are enlarged
 from those. At most {t5} T5 tokens are read. A tenth of all prompts was empty in training, so `true_cfg_scale` and
 `negative_prompt` act. `cfg_scale` 1 is the prompt alone, as drawings have taught it; from 2 on the model is as practice
