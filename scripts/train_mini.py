@@ -161,7 +161,7 @@ def evaluate(options: argparse.Namespace) -> None:
     record: dict[str, Any] = {"world": world.name, "prompts": options.count, "steps": options.steps}
     record["canvases"] = {canvas: measured(canvas, options.steps, options.count) for canvas in options.canvases}
     if not options.brief:
-        record["by steps"] = {str(n): measured(options.canvases[0], n, options.count // 2) for n in STEP_COUNTS}
+        record["by steps"] = {str(n): measured(options.canvases[0], n, options.count // 5) for n in STEP_COUNTS}
         if not world.words:
             record["other words"] = {
                 canvas: measured(canvas, options.steps, options.count, words=True) for canvas in options.canvases[:1]

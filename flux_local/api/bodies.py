@@ -73,6 +73,7 @@ class Memory:
 
 
 MEMORY = Memory(512_000_000)
+"""Eight of the largest bodies that may come."""
 
 
 async def read(request: Request, limit: int, take: Callable[[int], None] = lambda more: None) -> bytes:

@@ -170,9 +170,8 @@ class Work:
         """One entry of the answer's `data`."""
         params = self.params
         found: dict[str, Any] = {"revised_prompt": done.prompt_read, "seed": params.seeds[index]}
-        if (
-            params.stream and params.response_format == "url" and not params.sync_mode
-        ):  # for the history; the client has the bytes as well
+        if params.stream and params.response_format == "url" and not params.sync_mode:
+            # For the history; the client has the bytes as well, and so a full disk fails nothing.
             with contextlib.suppress(StorageFull):
                 found["url"] = await self._url(data)
         if params.stream or params.response_format == "b64_json":

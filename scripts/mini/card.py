@@ -104,7 +104,10 @@ def measured(results: dict[str, Any]) -> str:
             "With the names of the right column above (next to: left of), capitals, and words that mean nothing here.",
         ]
     if "by steps" in results:
-        parts += [table(f"steps, at {next(iter(results['canvases']))}", results["by steps"])]
+        parts += [
+            table(f"steps, at {next(iter(results['canvases']))}", results["by steps"]),
+            "A fifth as many prompts.",
+        ]
     for name in ("edits", "guidance"):
         if name in results:
             parts += [
