@@ -35,9 +35,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--world", choices=("first", "whole"), default="first", help="what it learns to draw (default first)"
     )
-    p.add_argument("--begin", type=Path, metavar="FOLDER", help="go on from a model folder's weights and autoencoder")
-    p.add_argument("--keep-text", action="store_true", help="leave the text encoders as they are")
-    p.add_argument("--only-practice", action="store_true", help="the last stage alone; needs --begin")
+    p.add_argument("--begin", type=Path, metavar="FOLDER", help="go on from a model folder's weights")
+    p.add_argument("--known", action="store_true", help="its autoencoder and text encoders stay; only other canvases")
+    p.add_argument("--only-practice", action="store_true", help="the last stage alone")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--scale", type=float, default=1.0, help="share of the recipe's steps (default 1)")
@@ -73,19 +73,19 @@ def train(options: argparse.Namespace) -> None:
         sheet(load(folder, "cpu"), run.work / f"{name}-{step:06}.png", options.steps, world=run.world)
 
     run = Run(options.work, options.seed, torch.device(options.device), WORLDS[options.world])
-    if options.begin:
+    if options.known or options.only_practice:
         autoencoder = AutoencoderKL.from_pretrained(options.begin / "vae", torch_dtype=torch.float32)
     else:
-        autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)))
+        autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)), options.begin)
     if options.export:
-        painter = flow.latest(run)
+        painter = flow.latest(run, options.begin)
     else:
         how = {"scale": options.scale, "compiled": not options.eager}
         if options.only_practice:
             painter = flow.Painter(run.seed)
             flow.take(painter, options.begin)
         else:
-            painter = flow.train(run, autoencoder, **how, look=look, begin=options.begin, keep_text=options.keep_text)
+            painter = flow.train(run, autoencoder, **how, look=look, begin=options.begin, known=options.known)
             painter = guidance.train(run, painter, autoencoder, **how)
         painter = practice.train(run, painter, autoencoder, **how, look=partial(look, name="practice"))
     text.lend_words(
@@ -194,8 +194,8 @@ def parameters(folder: Path) -> int:
 
 def main() -> None:
     options = parser().parse_args()
-    if options.only_practice and not options.begin:
-        parser().error("--only-practice goes on from a model: say which with --begin FOLDER.")
+    if (options.only_practice or options.known) and not options.begin:
+        parser().error("--only-practice and --known go on from a model: say which with --begin FOLDER.")
     if options.evaluate:
         evaluate(options)
     else:

@@ -44,7 +44,7 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     assert weights.read_bytes() == first, "a run that has ended must not train on"
     assert tokenizer.read_bytes() == vocabulary, "another process gives the words the same numbers"
     begun, text = tmp_path / "begun", Path("text_encoder_2") / "model.safetensors"
-    warm = ["--begin", str(folder), "--keep-text", "--out", str(begun), "--work", str(tmp_path / "warm")]
+    warm = ["--begin", str(folder), "--known", "--out", str(begun), "--work", str(tmp_path / "warm")]
     run(*warm, "--scale", "0.001", "--eager")
     assert (begun / text).read_bytes() == (folder / text).read_bytes()
     assert (begun / weights.relative_to(folder)).read_bytes() != first
@@ -55,6 +55,14 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     assert "_name_or_path" not in (practised / "vae" / "config.json").read_text()
     assert (practised / "tokenizer" / "tokenizer.json").read_bytes() == vocabulary
     assert (practised / weights.relative_to(folder)).read_bytes() != first
+    decoder = Path("vae") / "diffusion_pytorch_model.safetensors"
+    for kept in (begun, practised):
+        assert (kept / decoder).read_bytes() == (folder / decoder).read_bytes()
+    wider = begun.parent / "wider"
+    run(*warm[:2], "--world", "whole", "--out", str(wider), "--work", str(tmp_path / "wider work"), "--eager",
+        "--scale", "0.0002")  # fmt: skip
+    for part in (text, decoder, weights.relative_to(folder)):
+        assert (wider / part).read_bytes() != (folder / part).read_bytes(), "a larger world is new to all parts"
     output = run("--evaluate", "--brief", "--count", "6", "--canvases", "128x128", "--steps", "2")
     assert "128x128" in output
     assert (folder / "samples.png").stat().st_size > 1000

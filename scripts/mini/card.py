@@ -72,7 +72,7 @@ leads there. The committed weights are a running average. Words that no sentence
 of one that means the same, or of one that means nothing to a drawing.
 
 They came about in several goes: 5,000 steps at 128², 2,500 at eighteen canvases up to 192² (too few to learn those),
-3,500 and 2,500 more at 128²; then, begun from those (`--begin FOLDER --keep-text`), 4,000 at the nine canvases, cut off
+3,500 and 2,500 more at 128²; then, begun from those (`--begin FOLDER --known`), 4,000 at the nine canvases, cut off
 there to draw things larger, and {last:,} with that, a third of them at 128²; and practice (`--only-practice`): 9,700
 steps in 4, 8 and 16 steps alone, which made other numbers of steps worse, then in any number, and at last over all
 canvases. From nothing, the script trains 9,000 steps at 128², {last:,} at the nine canvases of that area that the size

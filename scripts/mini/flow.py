@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -25,9 +24,10 @@ from flux_local.model.latents import pack, position_ids
 from flux_local.sizes import GRID, RATIOS, CanvasRange, canvas_for
 
 from . import reading
-from .drawings import Scene, World, describe, draw, random_scene
+from .drawings import Scene, World, describe, random_scene
 from .run import Run
 from .text import T5_LENGTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
+from .vae import rendered
 
 CHUNK = 4096  # pictures encoded at a time
 REUSE = 10  # epochs over a chunk before it is replaced
@@ -144,8 +144,7 @@ def encoded(run: Run, vae: AutoencoderKL, scenes: list[Scene], width: int, heigh
     """Scaled latents of the scenes' drawings, packed: [scenes, tokens, 64]."""
     parts = []
     for at in range(0, len(scenes), 32):
-        drawn = [np.asarray(draw(scene, width, height)) for scene in scenes[at : at + 32]]
-        x = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+        x = rendered(scenes[at : at + 32], width, height)
         with run.autocast():
             mean = vae.encode(x.to(run.device, memory_format=torch.channels_last)).latent_dist.mean
         parts.append(pack((mean.float() - vae.config.shift_factor) * vae.config.scaling_factor))
@@ -275,25 +274,25 @@ def train(
     compiled: bool = True,
     look: Look = lambda painter, step: None,
     begin: Path | None = None,
-    keep_text: bool = False,
+    known: bool = False,
 ) -> Painter:
     """Trains through all phases, going on from the last checkpoint; returns the averaged weights.
 
     Args:
         scale: share of the recipe's steps; less than 1 is for trying things out.
-        begin: a model folder whose weights to begin with. Only the last phase follows, at WARM_RATE.
-        keep_text: leave the text encoders as they are: an eighth faster, where all words are known already.
+        begin: a model folder whose weights to begin with, at WARM_RATE.
+        known: it knows the world: its text encoders stay as they are, and the last phase alone is left.
         look: called every LOOK_EVERY steps and at the end with the averaged weights so far.
     """
     torch.manual_seed(run.seed)
     painter = Painter(run.seed).to(run.device)
-    if begin is None:
-        reading.train(run, painter, scale)
-    else:
+    if begin is not None:
         take(painter, begin)
+    if not known:
+        reading.train(run, painter, scale, keep=begin is not None)
     for encoder in (painter.text_encoder, painter.text_encoder_2):
-        encoder.requires_grad_(not keep_text)
-    phases = PHASES if begin is None else PHASES[-1:]
+        encoder.requires_grad_(not known)
+    phases = PHASES[-1:] if known else PHASES
     vae = vae.eval().requires_grad_(False).to(run.device, memory_format=torch.channels_last)
     if compiled:
         compile_blocks(painter)
@@ -386,10 +385,15 @@ def weighted(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return (error.square().mean(dim=(1, 2)) * sigma.to(error.device)).mean()
 
 
-def latest(run: Run) -> Painter:
-    """The averaged weights of the last checkpoint of the last stage that has one."""
+def latest(run: Run, begin: Path | None = None) -> Painter:
+    """The averaged weights of the last checkpoint of the last stage that has one; those to begin with, if none has."""
     average = AveragedModel(Painter(run.seed), multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    painter = cast(Painter, average.module).eval()
     stages = [run.work / f"{stage}.pt" for stage in ("practice", "guidance", "flow")]
-    path = next((stage for stage in stages if stage.exists()), stages[-1])
-    average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
-    return cast(Painter, average.module).eval()
+    path = next((stage for stage in stages if stage.exists()), None)
+    if path is None and begin is not None:
+        take(painter, begin)
+    else:
+        state = torch.load(path or stages[-1], map_location="cpu", weights_only=True)
+        average.load_state_dict(state["average"])
+    return painter

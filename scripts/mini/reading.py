@@ -3,11 +3,14 @@
 Painting alone teaches words slowly: a colour moves the loss a thousand times more than a star's five points, so the
 encoders would hear of shapes only when the transformer could already draw them. Here linear heads on each encoder's
 output name the background and every thing in the order in which they lie in space. The heads are thrown away.
-Knows nothing of pictures.
+
+Encoders that a transformer already understands learn a larger world's words the same way, and go on to say of the first
+world's sentences what they said before. Knows nothing of pictures.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Protocol
 
@@ -15,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .drawings import BACKWARDS, PLACES, RELATIONS, ROWS, Scene, Wording, World, describe, random_scene
+from .drawings import BACKWARDS, FIRST, PLACES, RELATIONS, ROWS, Scene, Wording, World, describe, random_scene
 from .run import Run
 
 STEPS = 1200
 BATCH = 192
+KEEPING = 4.0  # weight of the outputs that should stay, beside the answers'
 UNSAID = "unsaid"
 ORDINALS = ("first", "second", "third")
 AXES = RELATIONS | ROWS
@@ -74,11 +78,35 @@ class Heads(nn.Module):
         return {name: layer(features) for name, layer in self.layers.items()}
 
 
-def train(run: Run, reader: Reader, scale: float = 1.0) -> None:
-    """Trains both encoders of `reader` in place, going on from the last checkpoint."""
+class Keeping:
+    """How far a reader's outputs for the first world's sentences are from what they were, as a share of their variance.
+
+    Half a batch of sentences each time.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.before = copy.deepcopy(reader)
+
+    def __call__(self, reader: Reader, rng: random.Random) -> torch.Tensor:
+        scenes = [random_scene(rng, 128, 128, world=FIRST) for _ in range(BATCH // 2)]
+        prompts = [describe(scene, rng, FIRST).text for scene in scenes]
+        with torch.no_grad():
+            wanted = self.before.read(prompts)
+        return torch.stack(
+            [F.mse_loss(now, then) / then.var() for now, then in zip(reader.read(prompts), wanted, strict=True)]
+        ).mean()
+
+
+def train(run: Run, reader: Reader, scale: float = 1.0, keep: bool = False) -> None:
+    """Trains both encoders of `reader` in place, going on from the last checkpoint.
+
+    Args:
+        keep: they have been trained on the first world, and should say of it what they do.
+    """
     torch.manual_seed(run.seed)
     steps = max(1, round(STEPS * scale))
     states, pooled = reader.read(["probe"])
+    kept = Keeping(reader) if keep else None
     learner = nn.ModuleDict(
         {
             "clip": reader.text_encoder,
@@ -103,6 +131,11 @@ def train(run: Run, reader: Reader, scale: float = 1.0) -> None:
                 target = torch.tensor([values.index(s[name]) for s in said], device=run.device)
                 losses += [F.cross_entropy(answer[name], target) for answer in answers]
                 right += [(answer[name].argmax(dim=-1) == target).float().mean() for answer in answers]
-            run.step(optimiser, torch.stack(losses).mean(), learner, rate(step))
-            progress(step + 1, loss=torch.stack(losses).mean().item(), right=torch.stack(right).mean().item())
+            loss = torch.stack(losses).mean()
+            figures = {"loss": loss.item(), "right": torch.stack(right).mean().item()}
+            if kept is not None:
+                moved = kept(reader, rng)
+                loss, figures = loss + KEEPING * moved, figures | {"moved": moved.item()}
+            run.step(optimiser, loss, learner, rate(step))
+            progress(step + 1, **figures)
             run.checkpoint("reading", step + 1, steps, learner, optimiser)

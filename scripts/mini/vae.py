@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
-from .drawings import WHOLE, World, draw, random_scene
+from .drawings import WHOLE, Scene, World, draw, random_scene
 from .run import Run
 
 SIDES = ((64, 16), (64, 16), (64, 16), (96, 7), (128, 4))  # (side in pixels, pictures in a batch)
@@ -151,10 +152,15 @@ def write_encoder(vae: AutoencoderKL) -> None:
     encoder.requires_grad_(False)
 
 
-def pictures(rng: random.Random, count: int, width: int, height: int, world: World = WHOLE) -> torch.Tensor:
-    """[count, 3, height, width] in −1 … 1."""
-    drawn = [np.asarray(draw(random_scene(rng, width, height, world=world), width, height)) for _ in range(count)]
+def rendered(scenes: list[Scene], width: int, height: int) -> torch.Tensor:
+    """[scenes, 3, height, width] in −1 … 1."""
+    drawn = [np.asarray(draw(scene, width, height)) for scene in scenes]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def pictures(rng: random.Random, count: int, width: int, height: int, world: World = WHOLE) -> torch.Tensor:
+    """Of random scenes: [count, 3, height, width] in −1 … 1."""
+    return rendered([random_scene(rng, width, height, world=world) for _ in range(count)], width, height)
 
 
 def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,10 +177,17 @@ def batches(seed: int, start: int) -> Iterator[torch.Tensor]:
         step += 1
 
 
-def train(run: Run, steps: int) -> AutoencoderKL:
-    """Trains the decoder for `steps`, going on from the last checkpoint."""
+def train(run: Run, steps: int, begin: Path | None = None) -> AutoencoderKL:
+    """Trains the decoder for `steps`, going on from the last checkpoint.
+
+    Args:
+        begin: a model folder whose decoder to begin with.
+    """
     torch.manual_seed(run.seed)
-    vae = new_autoencoder().to(run.device, memory_format=torch.channels_last)
+    vae = new_autoencoder()
+    if begin is not None:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(begin / "vae", torch_dtype=torch.float32).state_dict())
+    vae.to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.99))
     start = run.resume("vae", vae, optimiser)
     rate = run.one_cycle(steps)
