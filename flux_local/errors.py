@@ -153,6 +153,10 @@ class WeightsError(StartError):
     exit_code = 4
 
 
+FETCH_AGAIN = "Copy it again, or run `flux-local download REPOSITORY --to FOLDER`, with where the model came from."
+"""What to do about damaged weights of which nothing says where they came from."""
+
+
 class EngineDead(StartError):
     """The engine cannot be brought back."""
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flux_local.errors import WeightsError
+from flux_local.errors import FETCH_AGAIN, WeightsError
 from flux_local.model import checkpoint
 from flux_local.model.checkpoint import Checkpoint, is_model
 from flux_local.model.headers import read_header
@@ -24,7 +24,7 @@ KREA = ModelInfo("FLUX.1-Krea-dev", CanvasRange(100_000, 4_200_000), 28, 4.5)
 MANIFEST = "manifest.json"
 """What a download brought: each file's size and hash."""
 TOKENIZERS = ("FLUX.1-Krea-dev", "FLUX.1-dev", "FLUX.1-schnell")
-"""Models that may lend theirs: all FLUX.1 models have the same."""
+"""Models that may lend theirs: all FLUX.1 models have the same. Their makers' names for them, too."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ def find(model: str) -> Path:
     for place in (Path(model).expanduser(), *places(model)):
         if is_model(place):
             return Path(os.path.abspath(place))  # links stay: what stands beside a file, and its suffix, count
+    fetch = f"Fetch it with `flux-local download black-forest-labs/{model}`, or give" if model in TOKENIZERS else "Give"
     raise WeightsError(
-        f"No model at '{model}'. Give the path of a diffusers folder (one with a model_index.json), of a .safetensors "
-        "or .gguf file or a folder of such, or 'flux-krea-mini' for the embedded model."
+        f"No model at '{model}'. {fetch} the path of a diffusers folder (one with a model_index.json), of a "
+        ".safetensors or .gguf file or a folder of such, or 'flux-krea-mini' for the embedded model. "
+        "`flux-local download` fetches FLUX.1 Krea [dev]."
     )
 
 
@@ -84,7 +86,7 @@ def info(path: Path) -> ModelInfo:
         steps, guidance = int(defaults["num_inference_steps"]), float(defaults["guidance_scale"])
         return ModelInfo(name, canvas, steps, guidance, masks, int(found.get("text_length", MAX_TEXT)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is damaged. Copy or download the model again.") from error
+        raise WeightsError(f"{path} is damaged. {FETCH_AGAIN}") from error
 
 
 def verify(path: Path) -> None:
@@ -107,26 +109,22 @@ def verify(path: Path) -> None:
         try:
             places = dict(json.loads(index.read_text())["weight_map"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{index} is damaged. Copy or download the model again.") from error
+            raise WeightsError(f"{index} is damaged. {FETCH_AGAIN}") from error
         shards = sorted(set(places.values()))
         for shard in shards:
             if not (index.parent / shard).is_file():
-                raise WeightsError(f"{index.parent / shard} is missing. Copy or download the model again.")
+                raise WeightsError(f"{index.parent / shard} is missing. {FETCH_AGAIN}")
         for shard in shards:
             file = index.parent / shard
             lost = {name for name, place in places.items() if place == shard} - set(read_header(file).shapes)
             if lost:
-                raise WeightsError(
-                    f"{file} lacks the tensor {min(lost)} that {index.name} says it has. "
-                    "Copy or download the model again."
-                )
+                raise WeightsError(f"{file} lacks the tensor {min(lost)} that {index.name} says it has. {FETCH_AGAIN}")
     for part in identify(path).parts.values():
         for header in part.headers:
             size = header.path.stat().st_size
             if size != header.size and (header.path.suffix == ".safetensors" or size < header.size):
                 raise WeightsError(
-                    f"{header.path} has {size:,} bytes where its header says {header.size:,}. "
-                    "Copy or download the model again."
+                    f"{header.path} has {size:,} bytes where its header says {header.size:,}. {FETCH_AGAIN}"
                 )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flux_local.errors import WeightsError
+from flux_local.errors import FETCH_AGAIN, WeightsError
 from flux_local.model.headers import Header, read_header, volume
 
 Component = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
@@ -144,7 +144,7 @@ class Checkpoint:
             found: dict[str, Any] = json.loads(path.read_text())
             return found
         except (OSError, ValueError) as error:
-            raise WeightsError(f"{path} is damaged. Copy or download the model again.") from error
+            raise WeightsError(f"{path} is damaged. {FETCH_AGAIN}") from error
 
     @property
     def nbytes(self) -> int:
@@ -189,17 +189,17 @@ def of_folder(folder: Path) -> Checkpoint:
     try:
         kind = json.loads(index.read_text()).get("_class_name")
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{index} is damaged. Copy or download the model again.") from error
+        raise WeightsError(f"{index} is damaged. {FETCH_AGAIN}") from error
     if kind != "FluxPipeline":
         raise WeightsError(f"{folder} holds a {kind}, not a FluxPipeline. flux-local serves FLUX.1 models only.")
     for name in FOLDERS:
         if not (folder / name).is_dir():
-            raise WeightsError(f"{folder / name} is missing. Copy or download the model again.")
+            raise WeightsError(f"{folder / name} is missing. {FETCH_AGAIN}")
     parts = {}
     for component in COMPONENTS:
         headers = tuple(read_header(file) for file in sorted((folder / component).glob("*.safetensors")))
         if not headers:
-            raise WeightsError(f"{folder / component} holds no .safetensors file. Copy or download the model again.")
+            raise WeightsError(f"{folder / component} holds no .safetensors file. {FETCH_AGAIN}")
         parts[component] = Part(headers)
         for header in headers:
             check_types(header, parts[component])
@@ -282,8 +282,7 @@ def check_transformer(part: Part) -> None:
         for index in map(str, range(len(found))):
             for tensor in sorted(every - found.get(index, set())):
                 raise WeightsError(
-                    f"{path.parent} lacks the tensor {part.prefix}{kind}.{index}.{tensor}. "
-                    "Copy or download the model again."
+                    f"{path.parent} lacks the tensor {part.prefix}{kind}.{index}.{tensor}. {FETCH_AGAIN}"
                 )
 
 
@@ -373,7 +372,7 @@ def transformer_config(part: Part) -> dict[str, Any]:
         norm = "single_transformer_blocks.0.attn.norm_q.weight"
     missing = [name for name in (image, text, pooled, norm) if name not in shapes]
     if missing:
-        raise WeightsError(f"{part.headers[0].path} lacks the tensor {missing[0]}. Copy or download the model again.")
+        raise WeightsError(f"{part.headers[0].path} lacks the tensor {missing[0]}. {FETCH_AGAIN}")
     size = shapes[norm][0]
     return {
         "_class_name": "FluxTransformer2DModel",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux_local.errors import WeightsError
+from flux_local.errors import FETCH_AGAIN, WeightsError
 
 MAX_HEADER = 100_000_000
 """Bytes: the format's own limit."""
@@ -52,9 +52,7 @@ def safetensors_header(path: Path) -> Header:
             size,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise WeightsError(
-            f"{path} is damaged: it has no safetensors header. Copy or download the model again."
-        ) from error
+        raise WeightsError(f"{path} is damaged: it has no safetensors header. {FETCH_AGAIN}") from error
 
 
 def gguf_header(path: Path) -> Header:
@@ -78,6 +76,4 @@ def gguf_reader(path: Path) -> Any:
     try:
         return GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise WeightsError(
-            f"{path} is damaged: it is cut or no GGUF file. Copy or download the model again."
-        ) from error
+        raise WeightsError(f"{path} is damaged: it is cut or no GGUF file. {FETCH_AGAIN}") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flux_local.errors import FluxError, NotAvailable, StartError, WeightsError
+from flux_local.errors import FETCH_AGAIN, FluxError, NotAvailable, StartError, WeightsError
 from flux_local.model import memory, prepared
 from flux_local.model.bfl import DiffusersNames
 from flux_local.model.checkpoint import Checkpoint, Component, Part, identify
@@ -312,7 +312,7 @@ def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype, plan
             )  # fmt: skip
         if report["missing_keys"]:
             lost = sorted(report["missing_keys"])[0]
-            raise WeightsError(f"{path} lacks the tensor {lost}. Copy or download the model again.")
+            raise WeightsError(f"{path} lacks the tensor {lost}. {FETCH_AGAIN}")
         module = module.eval().requires_grad_(False)
         if in_host:
             bring_in_groups(module, device, plan.pinned)
@@ -366,9 +366,7 @@ class translated:
         if isinstance(error, (OSError, ValueError, RuntimeError, KeyError)) or (
             error is not None and type(error).__name__ == "SafetensorError"
         ):
-            raise WeightsError(
-                f"Cannot load {self.path}: {type(error).__name__}. Copy or download the model again."
-            ) from error
+            raise WeightsError(f"Cannot load {self.path}: {type(error).__name__}. {FETCH_AGAIN}") from error
 
 
 def import_libraries() -> None:

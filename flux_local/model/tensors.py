@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_local.errors import WeightsError
+from flux_local.errors import FETCH_AGAIN, WeightsError
 from flux_local.model.checkpoint import ASIDE, Part
 from flux_local.model.headers import gguf_reader
 
@@ -51,9 +51,7 @@ class Tensors:
         """Raises `WeightsError` for one that is not there."""
         full = self.part.prefix + name
         if full not in self.stored:
-            raise WeightsError(
-                f"{self.part.headers[0].path.parent} lacks the tensor {full}. Copy or download the model again."
-            )
+            raise WeightsError(f"{self.part.headers[0].path.parent} lacks the tensor {full}. {FETCH_AGAIN}")
         found = self.stored[full]()
         if found.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             found = found.float() * self.scale(full, len(found))
