@@ -294,6 +294,7 @@ def parameters_of(options: argparse.Namespace) -> dict[str, str]:
 
 def run_serve(options: argparse.Namespace) -> int:
     settings = settings_from(options)
+    config.check_open(settings)
     import asyncio
 
     from flux_local.messages import Ready
@@ -303,6 +304,7 @@ def run_serve(options: argparse.Namespace) -> int:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     began = time.monotonic()
     checker = settings.safety_folder()
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if settings.keys() else ""
 
     def announce(address: str, model: str, engine: Ready) -> None:
         print(
@@ -314,7 +316,7 @@ ready after {time.monotonic() - began:.1f} s, {engine.weights_bytes / 1e9:.2f} G
   checker   {checker or "none: pictures are not looked at"}
   address   {address}/v1
   web page  {address}
-  try       curl -s {address}/v1/images/generations -H 'Content-Type: application/json' \
+  try       curl -s {address}/v1/images/generations {key}-H 'Content-Type: application/json' \
 -d '{{"prompt": "a large red star on a blue background", "size": "512x512"}}'
 """,
             flush=True,

@@ -297,12 +297,20 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str] | None = None,
         raise SettingsError(f"Bad setting: {error}.") from error
     settings.origins()
     settings.public_name()
+    return settings
+
+
+def check_open(settings: Settings) -> None:
+    """Whether it is meant that whoever reaches the address may ask for pictures.
+
+    Raises:
+        SettingsError: other machines reach it, and no keys are set.
+    """
     if not is_loopback(settings.host) and not settings.keys() and not settings.allow_anonymous:
         raise SettingsError(
             f"Refusing to listen on {settings.host} without API keys. Set {PREFIX}API_KEYS_FILE, listen on 127.0.0.1, "
             "or say --allow-anonymous true."
         )
-    return settings
 
 
 def is_loopback(host: str) -> bool:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from flux_local import weights
-from flux_local.config import Settings
+from flux_local.config import Settings, check_open
 from flux_local.download import altered
 from flux_local.errors import FluxError, WeightsError
 
@@ -93,6 +93,7 @@ def of_data(settings: Settings) -> str:
 def of_address(settings: Settings) -> str:
     from flux_local.server import bind
 
+    check_open(settings)
     keys = len(settings.keys())
     bind(settings.host, settings.port).close()
     return f"{settings.host} port {settings.port} is free; API keys: {keys or 'none, open to whoever reaches it'}"

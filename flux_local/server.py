@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -20,7 +21,7 @@ from flux_local import weights
 from flux_local.api.app import create_app
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services
-from flux_local.config import Settings, is_loopback
+from flux_local.config import Settings
 from flux_local.decoder import SafeDecoder
 from flux_local.dispatch import Dispatcher, Limits
 from flux_local.errors import AlreadyTaken, SettingsError
@@ -74,7 +75,7 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
     requests = Requests(services)
     app = create_app(services, requests)
     server = Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=DRAIN_SECONDS,
-                                   http=Protocol, server_header=False, access_log=False,
+                                   http=Protocol, server_header=False, access_log=False, proxy_headers=False,
                                    timeout_keep_alive=KEEP_ALIVE_SECONDS))  # fmt: skip
     stopping, hurry = asyncio.Event(), asyncio.Event()
 
@@ -91,11 +92,12 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         stop = asyncio.create_task(stopping.wait())
         await first_of(starting, stop, serving, dispatcher.dead)
         if starting.done():
+            ready = starting.result()
             await requests.resume(promised)
             del promised  # megabytes, where edits were among them
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            announce(f"http://{shown}:{port}", model.name, starting.result())
+            announce(f"http://{shown}:{port}", model.name, ready)
             await first_of(stop, serving, dispatcher.dead)
         starting.cancel()
         dispatcher.draining = True
@@ -192,7 +194,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket, taken before anything is loaded.
 
     Raises:
-        AlreadyTaken: the port is in use. SettingsError: no such address here.
+        AlreadyTaken: the port is in use. SettingsError: no such address here, or a port that is not for everybody.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -203,7 +205,8 @@ def bind(host: str, port: int) -> socket.socket:
     except PermissionError as error:
         raise SettingsError(f"May not listen on port {port}; choose one above 1023 with --port.") from error
     except OSError as error:
-        if isinstance(error, socket.gaierror) or (not is_loopback(host) and error.errno == 99):
-            raise SettingsError(f"This machine has no address {host}.") from error
-        raise AlreadyTaken(f"Port {port} is in use. Stop what uses it, or choose another with --port.") from error
+        if error.errno == errno.EADDRINUSE:
+            raise AlreadyTaken(f"Port {port} is in use. Stop what uses it, or choose another with --port.") from error
+        reason = error.strerror or error
+        raise SettingsError(f"Cannot listen on {host}: {reason}. Choose another address with --host.") from error
     return listener

@@ -26,7 +26,9 @@ from flux_local.pulse import Phase, Pulse
 LOOK_EVERY = 0.2
 """Seconds between two looks at an engine that has work."""
 LOAD_LIMIT = 1800.0
-"""Seconds that loading and warming up may take."""
+"""Seconds that loading and warming up may take the first time."""
+RELOAD_LIMIT, RELOADS = 30.0, 5.0
+"""Seconds that it may take again, and how often as long as before: files are in memory now, or a driver hangs."""
 REAP_SECONDS = 10.0
 HARD_WORK = 20
 """Steps of a first request that the longest phase takes no longer than: a canvas four times as large, whose attention
@@ -90,6 +92,7 @@ class Supervisor:
         self._pulse: Pulse | None = None
         self._hung = False
         self._load_seconds = 0.0
+        self._load_limit = LOAD_LIMIT
 
     async def run(self, started: asyncio.Future[Ready]) -> None:
         """Until cancelled, or until the engine is given up.
@@ -201,12 +204,12 @@ class Supervisor:
             raise StartError(f"The engine process cannot be started: {error.strerror or error}.") from error
         began = time.monotonic()
         try:
-            async with asyncio.timeout(LOAD_LIMIT):
+            async with asyncio.timeout(self._load_limit):
                 message = await self._receive(reader)
         except EOFError:
             raise StartError("The engine process ended while loading. Its last words are above.") from None
         except TimeoutError:
-            raise StartError("The engine process did not finish loading.") from None
+            raise StartError(f"The engine process did not load within {self._load_limit:.0f} s.") from None
         finally:
             self._load_seconds = time.monotonic() - began
         if isinstance(message, StartFailed):
@@ -218,6 +221,7 @@ class Supervisor:
             # What comes after a crash is laid out as the first was, though the memory that is free may tempt otherwise.
             self.device = message.device
             self.options += ["--memory", message.tier]
+            self._load_limit = min(LOAD_LIMIT, max(RELOAD_LIMIT, RELOADS * self._load_seconds))
         self.ready, self.was_ready = message, True
         self.patience = max(self.least_patience, HARD_WORK * message.step_seconds)
         self.on_ready(self)

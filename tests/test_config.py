@@ -25,8 +25,6 @@ def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
         ({"port": "many"}, {}),
         ({"port": "70000"}, {}),
         ({"response_format": "file"}, {}),
-        ({"host": "0.0.0.0"}, {}),
-        ({"host": "example.org"}, {}),
         ({"api_keys_file": "/nonexistent"}, {}),
         ({"cors_origins": "*"}, {}),
         ({"cors_origins": "https://a.example/path"}, {}),
@@ -48,10 +46,13 @@ def test_unknown_settings_in_a_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_beyond_loopback_wants_keys_or_a_clear_word() -> None:
-    assert config.load({"host": "0.0.0.0"}, {"FLUX_LOCAL_API_KEYS": "a, b"}).keys() == {"a", "b"}
-    assert config.load({"host": "0.0.0.0", "allow_anonymous": "true"}, {}).host == "0.0.0.0"
+    config.check_open(config.load({"host": "0.0.0.0"}, {"FLUX_LOCAL_API_KEYS": "a, b"}))
+    config.check_open(config.load({"host": "0.0.0.0", "allow_anonymous": "true"}, {}))
     for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8"):
-        assert config.load({"host": host}, {}).host == host
+        config.check_open(config.load({"host": host}, {}))
+    for host in ("0.0.0.0", "example.org", "::"):
+        with pytest.raises(SettingsError, match="API_KEYS_FILE"):
+            config.check_open(config.load({"host": host}, {}))
 
 
 def test_keys_come_from_file_and_environment(tmp_path: Path) -> None:

@@ -232,9 +232,25 @@ def test_an_engine_that_keeps_falling_ends_the_server_with_70(tmp_path: Path) ->
         server.engine().kill()
         eventually(lambda: "starting another" in server.output)
         server.wait_ready()
+        promised = server.post({**LONG, "n": 4}, headers={"prefer": "respond-async"}).headers["location"]
         server.engine().kill()
         assert server.process.wait(20) == 70
         assert "given up" in server.output
+    with running(tmp_path) as server:
+        here = server.url + httpx.URL(promised).path
+        eventually(lambda: httpx.get(here).json()["status"] == "succeeded")
+
+
+@pytest.mark.slow
+def test_an_engine_that_hangs_while_it_loads_again_is_replaced(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        first = server.engine()
+        first.kill()
+        eventually(lambda: [engine.pid for engine in server.engines()] not in ([], [first.pid]))
+        server.engine().suspend()
+        eventually(lambda: "did not load within" in server.output, 60)
+        server.wait_ready()
+        assert server.post(PICTURE).status_code == 200
 
 
 @pytest.mark.slow

@@ -229,6 +229,21 @@ def test_accepted_work_outlives_a_kill(tmp_path: Path) -> None:
         assert httpx.get(f"{server.url}/v1/images/requests/{ids[-1]}").json()["response"]["data"] == expected
 
 
+@pytest.mark.parametrize("promises", [1, 3])
+def test_accepted_work_outlives_a_start_that_fails(tmp_path: Path, promises: int) -> None:
+    body = {**BODY, "steps": 60}
+    with running(tmp_path) as server:
+        locations = [server.post(body, headers=ASYNC).headers["location"] for _ in range(promises)]
+        server.process.kill()
+        server.process.wait()
+    with started(tmp_path, "--devices", "cuda:7") as server:
+        assert server.process.wait(60) == 1
+    with running(tmp_path) as server:
+        for location in locations:
+            here = server.url + httpx.URL(location).path
+            eventually(lambda here=here: status(here) == "succeeded")
+
+
 def test_work_of_another_version_ends_and_the_server_starts(tmp_path: Path) -> None:
     with running(tmp_path, FLUX_LOCAL_FAULTS="hang") as server:
         location = server.post(BODY, headers=ASYNC).headers["location"]

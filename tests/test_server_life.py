@@ -30,7 +30,11 @@ def exit_of(folder: Path, *flags: str, **env: str) -> tuple[int, str]:
 
 def test_bad_settings_exit_2(tmp_path: Path) -> None:
     assert exit_of(tmp_path, "--max-pixels", "few")[0] == 2
-    assert exit_of(tmp_path, "--host", "0.0.0.0")[0] == 2
+    for host in ("0.0.0.0", "example.org"):
+        code, output = exit_of(tmp_path, "--host", host)
+        assert (code, "API keys" in output) == (2, True), host
+    code, output = exit_of(tmp_path, "--host", "203.0.113.7", "--allow-anonymous", "true")
+    assert (code, "203.0.113.7" in output) == (2, True)
     for address in ("pictures.example", "https://[x", "ftp://pictures.example", "https://"):
         code, output = exit_of(tmp_path, "--public-url", address)
         assert (code, "Traceback" in output) == (2, False), address
@@ -44,12 +48,16 @@ def test_missing_and_damaged_weights_exit_4(tmp_path: Path) -> None:
     code, output = exit_of(tmp_path, "--model", "nothing-here")
     assert code == 4
     assert "nothing-here" in output
+    code, output = exit_of(tmp_path, "--model", "FLUX.1-Krea-dev")
+    assert code == 4
+    assert "flux-local download black-forest-labs/FLUX.1-Krea-dev" in output
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "model_index.json").write_text((MODEL / "model_index.json").read_text())
     code, output = exit_of(tmp_path, "--model", str(broken))
     assert code == 4
     assert "scheduler" in output
+    assert "flux-local download" in output
     assert "Traceback" not in output
 
 
@@ -115,6 +123,9 @@ class TestKeys:
             assert answer.data[0].url
             assert httpx.get(answer.data[0].url).status_code == 200, "a file's URL carries its own id"
         assert httpx.get(locked.url + "/v1/models", headers={"authorization": "bearer key-one"}).status_code == 200
+
+    def test_the_line_to_try_asks_for_a_key(self, locked: Server) -> None:
+        assert "-H 'Authorization: Bearer YOUR_KEY'" in locked.output
 
     def test_nothing_secret_in_the_log(self, locked: Server) -> None:
         prompt = "canary-prompt-77"

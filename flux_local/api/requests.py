@@ -88,12 +88,13 @@ class Requests:
         """
         with self._admitted(work):
             if work.params.sync_mode:
-                return self._answering(work, route, work.run(on_event, on_picture))
+                return self._waited_for(self._spawn(work, route, work.run(on_event, on_picture)))
             # The account is written while the work begins; what is written later waits for it, in order.
             adding = asyncio.ensure_future(
                 self.services.history.add(work.id, work.owner, route, as_run(work.params), None, "running")
             )
-            task = self._answering(work, route, self._tracked(work, on_event, on_picture))
+            task = self._tracking(work, route, on_event, on_picture)
+            self._waited_for(task)
             try:
                 await adding
             except BaseException as error:
@@ -106,11 +107,8 @@ class Requests:
                 raise
             return task
 
-    def _answering(
-        self, work: Work, route: str, doing: Coroutine[Any, Any, dict[str, Any]]
-    ) -> asyncio.Task[dict[str, Any]]:
-        """Work whose client waits."""
-        task = self._spawn(work, route, doing)
+    def _waited_for(self, task: asyncio.Task[dict[str, Any]]) -> asyncio.Task[dict[str, Any]]:
+        """Its client waits."""
         self.waited_for.add(task)
         task.add_done_callback(self.waited_for.discard)
         return task
@@ -120,7 +118,7 @@ class Requests:
         with self._admitted(work):
             whole = await asyncio.to_thread(packed, work)
             await self.services.history.add(work.id, work.owner, route, as_run(work.params), whole)
-            self._spawn(work, route, self._tracked(work, None, None, whole=True))
+            self._tracking(work, route, whole=True)
 
     @contextlib.contextmanager
     def _admitted(self, work: Work) -> Iterator[None]:
@@ -158,7 +156,7 @@ class Requests:
                 log.exception("request %s was accepted by another version and cannot be read", entry.id)
                 await self._lost(entry, InternalError("The server was changed before it came to this. Send it again."))
                 continue
-            self._spawn(work, entry.route, self._tracked(work, None, None, whole=True))
+            self._tracking(work, entry.route, whole=True)
 
     async def _lost(self, entry: Entry, error: FluxError) -> None:
         await self._finish(entry.id, "failed", error=error_body(error))
@@ -208,12 +206,24 @@ class Requests:
         task.add_done_callback(ended)
         return task
 
+    def _tracking(
+        self,
+        work: Work,
+        route: str,
+        on_event: OnEvent | None = None,
+        on_picture: OnPicture | None = None,
+        whole: bool = False,
+    ) -> asyncio.Task[dict[str, Any]]:
+        """Work that has an entry. `whole`: it was promised, and its pictures stay in the entry."""
+        task = self._spawn(work, route, self._tracked(work, on_event, on_picture, whole))
+        self.live[work.id] = Live(task)
+        task.add_done_callback(lambda _: self.live.pop(work.id, None))  # one may be cancelled before it begins
+        return task
+
     async def _tracked(
-        self, work: Work, on_event: OnEvent | None, on_picture: OnPicture | None, whole: bool = False
+        self, work: Work, on_event: OnEvent | None, on_picture: OnPicture | None, whole: bool
     ) -> dict[str, Any]:
-        task = asyncio.current_task()
-        assert task is not None
-        live = self.live[work.id] = Live(task)
+        live = self.live[work.id]
 
         def note(index: int, event: Step | Partial) -> None:
             if isinstance(event, Step):
@@ -234,6 +244,8 @@ class Requests:
                 raise Cancelled("The request was cancelled.") from None
             raise
         except FluxError as error:
+            if whole and self.services.dispatcher.dead.done():
+                raise  # the server ends; what was promised is left for the next
             await self._finish(work.id, "failed", error=error_body(error))
             raise
         except Exception:
