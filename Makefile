@@ -23,6 +23,7 @@ check: $(VENV)/test.done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/pytest --quiet tests/test_imports.py
 
 format: $(VENV)/test.done
 	$(BIN)/ruff check --fix .

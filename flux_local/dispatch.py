@@ -207,8 +207,8 @@ class Dispatcher:
         alone = token_steps * self.token_seconds * BATCH_GAIN / self._working
         if alone > 2 * seconds:
             raise DeadlineExceeded(
-                f"This would take about {alone:.0f} s, and the time for it is {seconds:g} s. Ask for fewer steps or "
-                "pictures, or give more time in 'X-Request-Timeout'."
+                f"This would take about {alone:.0f} s, and the time for it is {seconds:g} s (the server's limit, or "
+                "less by 'X-Request-Timeout'). Ask for fewer steps or pictures."
             )
         self.held[request] = Held(owner, pictures, token_steps)
 

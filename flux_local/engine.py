@@ -180,17 +180,20 @@ class Engine:
         return batch if self.proved(batch) else batch[:1]
 
     def proved(self, batch: list[Drawing]) -> bool:
-        """Whether the batch's shape keeps every picture's bits; one that does not is not used again."""
+        """Whether the batch's shape keeps every picture's bits; one that does not is not used again.
+
+        What has two rows of its own, for guidance, must keep its bits alone as well.
+        """
         rows = sum(drawing.job.rows for drawing in batch)
         if len(batch) == 1:
             return True
+        shapes = {rows, *(drawing.job.rows for drawing in batch)} - {1}
         canvas = (batch[0].job.width, batch[0].job.height)
         assert batch[0].picture is not None
         self.pulse.enter(Phase.PROVE, tuple(drawing.job.serial for drawing in batch))
         try:
-            proved = self.pipeline.denoiser_for(batch[0].job.go_fast).independent(
-                *canvas, rows, batch[0].picture.prompt
-            )
+            denoiser, prompt = self.pipeline.denoiser_for(batch[0].job.go_fast), batch[0].picture.prompt
+            proved = all(denoiser.independent(*canvas, shape, prompt) for shape in sorted(shapes))
         except Exception as error:
             from flux_local.model import memory
 

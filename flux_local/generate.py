@@ -10,7 +10,7 @@ from pathlib import Path
 from flux_local import loras, weights
 from flux_local.config import Settings
 from flux_local.decoder import Purpose, decode_own
-from flux_local.errors import InvalidImage, MissingParameter, SettingsError
+from flux_local.errors import GenerationInvalid, InvalidImage, MissingParameter, SettingsError, StartError
 from flux_local.forms import from_form
 from flux_local.params import ModelInfo, generation_params
 from flux_local.plan import Plan, Source, precision_of
@@ -24,7 +24,8 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
         given: a request's parameters by name, as text.
 
     Raises:
-        What `plan_of` and loading raise. SettingsError: the file cannot be written.
+        What `plan_of` and loading raise. SettingsError: the file cannot be written. StartError: the device has no room
+            for the picture. GenerationInvalid: it has values that are no numbers.
     """
     folder = weights.find(settings.model)
     weights.verify(folder)
@@ -37,7 +38,8 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
 
     from flux_local.engine import begin_picture
     from flux_local.engine_process import pick_device
-    from flux_local.model.loader import load
+    from flux_local.model import memory
+    from flux_local.model.loader import NO_ROOM, load
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
@@ -55,10 +57,17 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
             began = time.monotonic()
             pixels = None
             if not plan.untouched:
-                picture = begin_picture(pipeline, plan.job(str(index), index), pipeline.text.encode)
-                for _ in bar.track(range(picture.steps_left), description=f"seed {seed}"):
-                    denoiser.advance([picture])
-                pixels = pipeline.vae.decode(picture.latents, picture.width, picture.height)
+                try:
+                    picture = begin_picture(pipeline, plan.job(str(index), index), pipeline.text.encode)
+                    for _ in bar.track(range(picture.steps_left), description=f"seed {seed}"):
+                        denoiser.advance([picture])
+                    pixels = pipeline.vae.decode(picture.latents, picture.width, picture.height)
+                except ArithmeticError as error:
+                    raise GenerationInvalid("The model produced no valid picture. Try without --go-fast.") from error
+                except Exception as error:
+                    if memory.is_exhausted(error):
+                        raise StartError(NO_ROOM) from error
+                    raise
             file = output if index == 0 else output.with_stem(f"{output.stem}-{index}")
             try:
                 file.write_bytes(plan.file(index, pixels))

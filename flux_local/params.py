@@ -132,6 +132,11 @@ def generation_params(
     true_cfg_scale = float(got("true_cfg_scale"))
     if "negative_prompt" in given and true_cfg_scale == 1:
         ignored.append("negative_prompt")
+    if "negative_prompt" not in given and true_cfg_scale > 1:
+        ignored.append("true_cfg_scale")
+        true_cfg_scale = 1.0
+    if "lora_scale" in given and "lora_weights" not in given:
+        ignored.append("lora_scale")
     delivered = size_of(given, image, max_pixels)
     first = given["seed"] if "seed" in given else random_seed()
     output_format = got("output_format")

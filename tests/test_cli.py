@@ -9,12 +9,17 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 
 import flux_local
+from flux_local import config, generate
+from flux_local.errors import GenerationInvalid, StartError
+from flux_local.model.vae import Autoencoder
 from tests.servers import ROOT, environment
 
 
@@ -73,6 +78,21 @@ def test_generate_writes_the_file_and_prints_seed_and_time(tmp_path: Path) -> No
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (160, 128)
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "a-1.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "sentence"),
+    [
+        (torch.OutOfMemoryError("x"), StartError, "--memory"),
+        (ArithmeticError("x"), GenerationInvalid, "no valid picture"),
+    ],
+)
+def test_generate_says_what_the_model_could_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, error: type[Exception], sentence: str
+) -> None:
+    monkeypatch.setattr(Autoencoder, "decode", Mock(side_effect=failure))
+    with pytest.raises(error, match=sentence):
+        generate.run({"steps": "1"}, "a circle", tmp_path / "out.png", config.load({}, {}))
 
 
 def test_generate_draws_what_the_server_draws(tmp_path: Path, server: object) -> None:

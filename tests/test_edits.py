@@ -22,7 +22,7 @@ from flux_local.decoder import SafeDecoder
 from flux_local.errors import InternalError
 from flux_local.params import ModelInfo, generation_params
 from flux_local.sizes import Size
-from tests.servers import Server
+from tests.servers import Server, pictures
 
 SIDE = 192
 SCENE = Scene("yellow", (Thing("blue", "circle", "large", (0.5, 0.5), 0.33),))
@@ -33,6 +33,10 @@ def saved(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     out = io.BytesIO()
     picture.save(out, kind, **options)
     return out.getvalue()
+
+
+def data_url(picture: Image.Image) -> str:
+    return "data:image/png;base64," + base64.b64encode(saved(picture)).decode()
 
 
 def opened(data: str) -> Image.Image:
@@ -124,7 +128,7 @@ def test_what_a_browser_sends_of_an_empty_field_is_no_mask(server: Server, drawi
 
 def test_only_pictures_may_be_large(server: Server) -> None:
     noise = Image.effect_noise((1100, 1100), 90).convert("RGB")
-    url = "data:image/png;base64," + base64.b64encode(saved(noise)).decode()
+    url = data_url(noise)
     assert len(url) > 1_000_000
     small = {"prompt": "x", "steps": 1, "size": "64x64"}
     for image in ({"image": url}, {"images": [{"image_url": url}]}):
@@ -270,7 +274,7 @@ class TestForms:
 
     @pytest.mark.parametrize("shape", ["string", "list", "images", "nested"])
     def test_json(self, server: Server, drawing: Image.Image, shape: str) -> None:
-        url = "data:image/png;base64," + base64.b64encode(saved(drawing)).decode()
+        url = data_url(drawing)
         body: dict[str, Any] = {"prompt": "x", "steps": 1, "response_format": "b64_json"}
         body |= {
             "string": {"image": url},
@@ -304,12 +308,9 @@ class TestForms:
         assert "boundary" in answer.json()["error"]["message"]
 
     def test_json_mask(self, server: Server, drawing: Image.Image, mask: Image.Image) -> None:
-        def url(picture: Image.Image) -> str:
-            return "data:image/png;base64," + base64.b64encode(saved(picture)).decode()
-
-        body = {"prompt": "x", "steps": 1, "response_format": "b64_json", "image": url(drawing)}
-        self.check(server.post({**body, "mask": url(mask)}, EDITS))
-        self.check(server.post({**body, "mask": {"image_url": url(mask)}}, EDITS))
+        body = {"prompt": "x", "steps": 1, "response_format": "b64_json", "image": data_url(drawing)}
+        self.check(server.post({**body, "mask": data_url(mask)}, EDITS))
+        self.check(server.post({**body, "mask": {"image_url": data_url(mask)}}, EDITS))
 
 
 def test_variations(server: Server, drawing: Image.Image) -> None:
@@ -321,6 +322,16 @@ def test_variations(server: Server, drawing: Image.Image) -> None:
     assert answer.data
     assert len(answer.data) == 2
     assert answer.data[0].b64_json != answer.data[1].b64_json
+
+
+def test_a_variation_is_an_edit_without_words_at_its_own_strength(
+    server: Server, drawing: Image.Image, mask: Image.Image
+) -> None:
+    body = {"steps": 4, "seed": 5, "response_format": "b64_json", "image": data_url(drawing)}
+    made = server.post({**body, "mask": data_url(mask)}, "/v1/images/variations")
+    assert made.headers["x-flux-ignored-params"] == "mask"
+    assert pictures(made) == pictures(server.post({**body, "prompt": "", "strength": 0.6}, EDITS))
+    assert pictures(made) != pictures(server.post({**body, "prompt": "", "strength": 0.8}, EDITS))
 
 
 class TestRefusals:

@@ -150,6 +150,8 @@ def test_real_guidance_needs_both() -> None:
     assert parse(negative_prompt="fog").negative_prompt is None
     found = parse(negative_prompt="fog", true_cfg_scale=3)
     assert (found.negative_prompt, found.true_cfg_scale, found.ignored) == ("fog", 3.0, ())
+    found = parse(true_cfg_scale=3, lora_scale=2)
+    assert (found.true_cfg_scale, found.ignored) == (1.0, ("lora_scale", "true_cfg_scale"))
 
 
 def test_adapters_by_either_form() -> None:

@@ -18,6 +18,7 @@ import flux_local
 from flux_local.api import answers
 from flux_local.api.auth import KeyGate, OwnGate
 from flux_local.api.page import page
+from flux_local.api.repeats import Repeats
 from flux_local.api.requests import Requests
 from flux_local.api.routes import probes, router
 from flux_local.api.work import Services
@@ -46,8 +47,9 @@ def create_app(services: Services, requests: Requests) -> ASGIApp:
     answers.install(app)
     app.include_router(probes(services))
     app.include_router(page())
+    repeats = Repeats(services.history)
     for prefix in PREFIXES:
-        app.include_router(router(services, requests), prefix=prefix, include_in_schema=prefix == "/v1")
+        app.include_router(router(services, requests, repeats), prefix=prefix, include_in_schema=prefix == "/v1")
     add_docs(app)
     gated: ASGIApp = HeadAsGet(app)
     if keys := services.settings.keys():

@@ -25,10 +25,9 @@ from flux_local.sizes import Size
 MAX_PAGE = 100
 
 
-def router(services: Services, requests: Requests) -> APIRouter:
+def router(services: Services, requests: Requests, repeats: Repeats) -> APIRouter:
     """The API's routes, without prefix."""
     routes = APIRouter()
-    repeats = Repeats(services.history)
     in_json, with_files = (partial(body, model=services.model) for body in (schema.json_body, schema.image_body))
 
     def checked(raw: dict[str, Any], route: Route, image: Size | None = None) -> GenerationParams:
@@ -62,7 +61,7 @@ def router(services: Services, requests: Requests) -> APIRouter:
     async def with_image(request: Request, route: Route) -> Response:
         if HEADER not in request.headers:  # what would be refused need not be sent, and decoded, first
             services.dispatcher.check_open(owner(request), pictures=1, token_steps=0)
-        raw, source = await uploads.read(request, services.decoder)
+        raw, source = await uploads.read(request, route, services.decoder)
         return await once(request, route, raw, source)
 
     @routes.post("/images/generations", responses=schema.answers(), openapi_extra=in_json("generations"))

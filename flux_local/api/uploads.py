@@ -24,7 +24,7 @@ from flux_local.errors import (
     UnsupportedMediaType,
 )
 from flux_local.forms import form_value, from_form
-from flux_local.parameters import BY_NAME
+from flux_local.parameters import BY_NAME, Route
 from flux_local.plan import Source
 
 BODY_LIMIT = 64_000_000
@@ -37,8 +37,8 @@ PICTURE = re.compile(rb'"(?:data:[^"]*|[a-z0-9+/=_\\-]{1024,})"', re.IGNORECASE)
 """A string of JSON that is a data URL, or was meant to be one."""
 
 
-async def read(request: Request, decoder: SafeDecoder) -> tuple[dict[str, Any], Source]:
-    """The request's parameters, typed, and its pictures.
+async def read(request: Request, route: Route, decoder: SafeDecoder) -> tuple[dict[str, Any], Source]:
+    """The request's parameters, typed, and its pictures; a mask on a route without is a name that changes nothing.
 
     Raises:
         RequestTooLarge, UnsupportedMediaType, InvalidJson, InvalidValue, InvalidImage, MissingParameter.
@@ -55,6 +55,8 @@ async def read(request: Request, decoder: SafeDecoder) -> tuple[dict[str, Any], 
         raise MissingParameter("'image' is required: the picture to start from.", param="image")
     if len(images) > 1:
         raise InvalidValue("This model takes one image; send one.", param="image")
+    if route not in BY_NAME["mask"].routes and masks:
+        raw, masks = {**raw, "mask": ""}, []
     if len(masks) > 1:
         raise InvalidValue("Send one mask.", param="mask")
     for name, data in (("image", images[0]), *(("mask", mask) for mask in masks)):

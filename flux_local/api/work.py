@@ -103,8 +103,10 @@ class Work:
                 self.services.store.remove(name)
             self.files.clear()
             if isinstance(error, TimeoutError):
+                limit = self.services.settings.request_timeout
+                more = "give more in 'X-Request-Timeout'" if self.seconds < limit else "try again when less is waiting"
                 raise DeadlineExceeded(
-                    "The time for this request passed first. Ask for fewer steps, or give more in 'X-Request-Timeout'."
+                    f"The time for this request, {self.seconds:g} s, passed first. Ask for fewer steps, or {more}."
                 ) from None
             raise
 
