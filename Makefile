@@ -16,7 +16,7 @@ download: $(VENV)/serve.done
 test: $(VENV)/test.done
 	$(BIN)/pytest -m "not slow"
 
-test-all: $(VENV)/browser.done
+test-all: $(VENV)/browser.done $(VENV)/node.done
 	$(BIN)/pytest
 
 check: $(VENV)/test.done
@@ -53,6 +53,13 @@ $(VENV)/serve.done: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/test.done: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable ".[test,check]"
 	@touch $@ $(VENV)/serve.done
+
+# OpenAI's client for JavaScript; Node from the system's packages, where they may be installed from here.
+$(VENV)/node.done: tests/node/package.json | $(VENV)/test.done
+	@command -v npm || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq -y nodejs npm; } >/dev/null 2>&1 || { echo "The tests in Node need it; on Debian: apt install nodejs npm"; exit 1; }
+	@mkdir -p $(VENV)/node && cp tests/node/package.json $(VENV)/node/
+	npm install --prefix $(VENV)/node --silent --no-fund --no-audit
+	@touch $@
 
 # Chromium from the system's packages, where they may be installed from here.
 $(VENV)/browser.done: $(VENV)/test.done
