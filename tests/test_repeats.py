@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import sqlite3
 import uuid
 from pathlib import Path
 from typing import Any
@@ -114,13 +116,22 @@ def test_what_was_deleted_is_not_repeated(server: Server) -> None:
     assert again.json()["id"] != first.json()["id"]
 
 
-def test_keys_are_an_owner_s_own_and_outlive_the_process(tmp_path: Path) -> None:
+def test_keys_are_an_owner_s_own_and_outlive_the_process_for_a_day(tmp_path: Path) -> None:
     keys = {"FLUX_LOCAL_API_KEYS": "one,two"}
     one, two = (keyed("same", authorization=f"Bearer {name}") for name in ("one", "two"))
+    file = tmp_path / "data" / "history.sqlite3"
     with running(tmp_path, **keys) as server:
-        first = server.post(BODY, headers=one)
-        assert server.post(BODY, headers=two).content != first.content
+        first, other = server.post(BODY, headers=one), server.post(BODY, headers=two)
+        assert other.content != first.content
         server.process.kill()
         server.process.wait()
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as history:
+        history.execute("UPDATE requests SET finished = finished - 1e9 WHERE id = ?", (other.json()["id"],))
     with running(tmp_path, **keys) as server:
         assert server.post(BODY, headers=one).content == first.content
+        entries = f"{server.url}/v1/images/requests/"
+        eventually(lambda: httpx.get(entries + other.json()["id"], headers=two).status_code == 404)
+        assert httpx.get(entries + first.json()["id"], headers=one).status_code == 200
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as history:
+            history.execute("UPDATE replies SET created = created - 86401")
+        assert "idempotent-replayed" not in server.post(BODY, headers=one).headers

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.servers import MODEL, Server, environment, eventually, running, started
+from tests.servers import MODEL, Server, environment, eventually, pictures, running, started
 
 QUICK = {"prompt": "x", "size": "128x128", "steps": 2}
 
@@ -124,6 +124,11 @@ class TestKeys:
             assert httpx.get(answer.data[0].url).status_code == 200, "a file's URL carries its own id"
         assert httpx.get(locked.url + "/v1/models", headers={"authorization": "bearer key-one"}).status_code == 200
 
+    def test_no_url_says_what_a_client_claims_to_have_reached(self, locked: Server) -> None:
+        claims = {"host": "evil.example", "x-forwarded-host": "evil.example", "x-forwarded-proto": "https"}
+        answer = locked.post(QUICK, headers={"authorization": "Bearer key-one", **claims})
+        assert answer.json()["data"][0]["url"].startswith(locked.url + "/v1/images/files/")
+
     def test_the_line_to_try_asks_for_a_key(self, locked: Server) -> None:
         assert "-H 'Authorization: Bearer YOUR_KEY'" in locked.output
 
@@ -173,12 +178,14 @@ def test_without_keys_it_is_for_its_own_machine(tmp_path: Path, server: Server) 
         assert named.post(QUICK, headers={"origin": "https://pictures.example"}).status_code == 200
         assert httpx.get(named.url + "/v1/models", headers={"host": "evil.example"}).status_code == 400
     flags = ("--allow-anonymous", "--public-url", "https://pictures.example", "--cors-origins", "app://Notes")
-    with running(tmp_path, "--host", "0.0.0.0", *flags) as anybodys:
+    with running(tmp_path, "--host", "0.0.0.0", "--response-format", "b64_json", *flags) as anybodys:
         reached = anybodys.url.replace("0.0.0.0", "127.0.0.1") + "/v1/models"
         assert httpx.get(reached, headers={"host": "gpu-box"}).status_code == 200
         assert httpx.get(reached, headers={"host": "gpu-box", "origin": "http://evil.example"}).status_code == 400
         for origin in ("https://pictures.example", "app://notes"):
             assert httpx.get(reached, headers={"host": "inside:8000", "origin": origin}).status_code == 200
+        asked = reached.replace("models", "images/generations")
+        assert pictures(httpx.post(asked, json=QUICK, timeout=60)), "the server's own form of answer"
 
 
 def test_the_data_directory_is_nobody_elses(tmp_path: Path) -> None:
