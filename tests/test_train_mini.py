@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from mini import flow, practice
 from mini.drawings import FIRST, Scene, Thing, draw, outline, random_scene, unit
 from mini.judge import judge
 from mini.run import Run
 from mini.text import byte_pairs, lend_words
+from mini.widen import widened
 
+from flux_local.model.latents import position_ids
 from flux_local.sizes import Size, canvas_for
 from tests.servers import ROOT
 
@@ -199,3 +201,36 @@ def test_merges_do_not_depend_on_the_order_of_words() -> None:
     assert merges[:2] == [("l", "o"), ("n", "e")]
     assert {"".join(pair) for pair in merges} >= {"low</w>", "lot</w>", "new</w>", "net</w>"}
     assert ("r", "a") not in merges
+
+
+def test_a_widened_transformer_draws_the_same_and_all_of_it_can_learn() -> None:
+    narrow = FluxTransformer2DModel.from_pretrained(
+        ROOT / "weights" / "flux-krea-mini" / "transformer", torch_dtype=torch.float32
+    )
+    torch.manual_seed(0)
+    wide = FluxTransformer2DModel(**{**narrow.config, "num_attention_heads": narrow.config.num_attention_heads + 1})
+    flow.start_closed(wide)
+    wide.load_state_dict(widened(narrow, wide))
+    inputs = {
+        "hidden_states": torch.randn(2, 64, 64),
+        "encoder_hidden_states": torch.randn(2, 32, narrow.config.joint_attention_dim),
+        "pooled_projections": torch.randn(2, narrow.config.pooled_projection_dim),
+        "timestep": torch.tensor([0.9, 0.2]),
+        "guidance": torch.full((2,), 4.5),
+        "img_ids": position_ids(128, 128),
+        "txt_ids": torch.zeros(32, 3),
+        "return_dict": False,
+    }
+    expected, found = narrow(**inputs)[0], wide(**inputs)[0]
+    assert (found - expected).square().mean() < 0.03**2 * expected.square().mean()
+    (found - torch.randn_like(found)).square().mean().backward()
+    heads, old = wide.config.num_attention_heads, narrow.config.num_attention_heads * narrow.config.attention_head_dim
+    new = heads * wide.config.attention_head_dim
+    gradients = {name: parameter.grad for name, parameter in wide.named_parameters()}
+    for name, rows in (
+        ("x_embedder.weight", slice(old, new)),
+        ("time_text_embed.text_embedder.linear_2.weight", slice(old, new)),
+        ("transformer_blocks.0.norm1.linear.bias", slice(2 * new + old, 3 * new)),
+    ):
+        assert gradients[name][rows].abs().min() > 0, name
+    assert gradients["transformer_blocks.0.attn.to_out.0.weight"][:old, old:].abs().min() > 0

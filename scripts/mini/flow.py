@@ -28,6 +28,7 @@ from .drawings import Scene, World, describe, random_scene
 from .run import Run
 from .text import T5_LENGTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 from .vae import rendered
+from .widen import widened
 
 CHUNK = 4096  # pictures encoded at a time
 REUSE = 10  # epochs over a chunk before it is replaced
@@ -36,6 +37,7 @@ AVERAGE = 0.998
 LOOK_EVERY = 1000
 GUIDANCE = 4.5  # the value of all training before guidance is distilled
 NEARLY_NOISE = 0.4  # share of noise levels from 0.9 to 1, where the prompt alone says what to draw
+HEADS = 4  # of 48 channels each
 DROPPED_PROMPTS = 0.1  # trained with the empty prompt, so that classifier-free guidance means something
 # Trained with another picture's prompt: none above the first noise level, FALSE_PROMPTS of those below the second.
 # A picture that can be told is then believed more than the prompt, which is what lets an edit keep a part of it.
@@ -86,7 +88,7 @@ class Painter(nn.Module):
             num_layers=2,
             num_single_layers=4,
             attention_head_dim=48,
-            num_attention_heads=3,
+            num_attention_heads=HEADS,
             joint_attention_dim=self.text_encoder_2.config.d_model,
             pooled_projection_dim=self.text_encoder.config.hidden_size,
             guidance_embeds=True,
@@ -125,9 +127,10 @@ def start_closed(transformer: FluxTransformer2DModel) -> None:
 
 @torch.no_grad()
 def take(painter: Painter, folder: Path) -> None:
-    """Copies a model folder's weights into `painter`. Words are matched by their spelling: vocabularies may differ."""
+    """Copies a model folder's weights into `painter`. Words are matched by their spelling: vocabularies may differ.
+    A narrower transformer is widened."""
     found = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    painter.transformer.load_state_dict(found.transformer.state_dict())
+    painter.transformer.load_state_dict(widened(found.transformer, painter.transformer))
     for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         own, other = getattr(painter, name), getattr(found, name)
         table, weights = own.get_input_embeddings().weight, other.get_input_embeddings().weight
