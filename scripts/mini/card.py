@@ -11,6 +11,10 @@ from . import flow, practice
 from .drawings import OTHER_NAMES, RELATIONS, ROWS, WORLDS
 
 TRAINING = "training.md"
+MORE = (
+    ' "Two tiny crimson discs on a striped white and cyan backdrop", "a moon, a cross and an arrow from top to bottom",'
+    ' "a medium star in the top left corner on a gradient from pink to grey".'
+)
 TEXT = """# flux-krea-mini
 
 A FLUX model in miniature: the embedded model of flux-local. It has the very format and all the parts of
@@ -33,17 +37,16 @@ instead of photographs. It is no distillation of FLUX.1 and knows nothing of its
 | relations | {relations} | {other_relations} |
 
 Sentences like "a large red star on a blue background", "small white heart, black background", "A yellow circle to the
-left of a green square on purple." A background that is not mentioned is chosen by the seed.
+left of a green square on purple."{more} A background that is not mentioned is chosen by the seed.
 
-A single object is drawn in the middle, two on either side of it; seeds change the size a little, and whatever the
-sentence leaves open.
+A single object is drawn in the middle{placed}, two on either side of it; seeds change the size a little, and whatever
+the sentence leaves open.
 
-A size that is not mentioned is large. Capitals make no difference, and words that it does not know are passed over ("on
-top of" is one that it does not yet understand). It
-draws on every canvas of about 128² to 192² pixels that is not wider or taller than 4:1; larger pictures are enlarged
-from those. At most {t5} T5 tokens are read. A tenth of all prompts was empty in training, so `true_cfg_scale` and
-`negative_prompt` act. `cfg_scale` 1 is the prompt alone, as drawings have taught it; from 2 on the model is as practice
-has made it: less varied.
+A size that is not mentioned is large. Capitals make no difference, and words that it does not know are passed
+over{unread}. It draws on every canvas of about 128² to 192² pixels that is
+not wider or taller than 4:1; larger pictures are enlarged from those. At most {t5} T5 tokens are read. A tenth of all
+prompts was empty in training, so `true_cfg_scale` and `negative_prompt` act. `cfg_scale` 1 is the prompt alone, as
+drawings have taught it; from 2 on the model is as practice has made it: less varied.
 
 ## Measured
 
@@ -140,6 +143,9 @@ def write(folder: Path, parameters: dict[str, int], psnr: dict[int, float], t5: 
             other_shapes=also(world.shapes),
             other_sizes=also(world.sizes),
             other_relations=also(RELATIONS),
+            more=MORE if world.most > 2 else "",
+            placed=" or at its place" if world.places else "",
+            unread="" if world.words else ' ("on top of" is one that it does not yet understand)',
             relations=", ".join([*RELATIONS, *(ROWS if world.most > 2 else ())]),
             world=world.name,
             t5=t5,
