@@ -6,7 +6,7 @@ import io
 import json
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFilter, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from flux_local.params import GenerationParams
 from flux_local.sizes import Size
@@ -25,18 +25,7 @@ def delivered(pixels: bytes, canvas: Size, size: Size) -> Image.Image:
     if is_rounded_up(canvas, size):
         left, top = (canvas.width - size.width) // 2, (canvas.height - size.height) // 2
         return picture.crop((left, top, left + size.width, top + size.height))
-    made = ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
-    return without_halos(made, picture) if size.area > canvas.area else made
-
-
-def without_halos(enlarged: Image.Image, picture: Image.Image) -> Image.Image:
-    """An enlargement by Lanczos without what that adds along edges: no pixel leaves the range of the picture's nine
-    around it."""
-    least, most = (
-        ImageOps.fit(picture.filter(extreme(3)), enlarged.size, method=Image.Resampling.NEAREST)
-        for extreme in (ImageFilter.MinFilter, ImageFilter.MaxFilter)
-    )
-    return ImageChops.lighter(ImageChops.darker(enlarged, most), least)
+    return ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
 
 
 def covering(picture: Image.Image, size: Size) -> Image.Image:

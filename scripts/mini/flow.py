@@ -52,8 +52,8 @@ ALL_SHAPES = tuple((GRID * columns, GRID * rows) for rows in CANVAS.rows() for c
 
 # The shift of the noise levels, as `mu` of FLUX.1's schedule at 64 and at 144 tokens; it grows with the logarithm of
 # the side. A little more than FLUX.1's own, because flat drawings are decided early: nine tenths of a latent's variance
-# are the mean colours of its patches, which at σ = 0.9 are still told from noise, and so is the layout. At 1.7 to 2.1
-# the last of eight steps began at σ = 0.54, where no outline is exact yet, and every circle wavered.
+# are the mean colours of its patches, which at σ = 0.9 are still told from noise, and so is the layout. With 1.7 to 2.1
+# the last of eight steps would begin at σ = 0.54 already.
 SHIFTS = {64: 1.0, 144: 1.3}
 
 
