@@ -116,6 +116,7 @@ def test_what_was_deleted_is_not_repeated(server: Server) -> None:
     assert again.json()["id"] != first.json()["id"]
 
 
+@pytest.mark.slow
 def test_keys_are_an_owner_s_own_and_outlive_the_process_for_a_day(tmp_path: Path) -> None:
     keys = {"FLUX_LOCAL_API_KEYS": "one,two"}
     one, two = (keyed("same", authorization=f"Bearer {name}") for name in ("one", "two"))

@@ -115,6 +115,7 @@ def test_what_is_deleted_while_the_model_loads_is_not_drawn(tmp_path: Path) -> N
         assert len(list((tmp_path / "data" / "files").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_promise_whose_adapter_has_gone_ends(tmp_path: Path) -> None:
     adapters = tmp_path / "adapters"
     adapters.mkdir()
@@ -132,6 +133,7 @@ def test_a_promise_whose_adapter_has_gone_ends(tmp_path: Path) -> None:
         assert httpx.get(url).json()["error"]["code"] == "not_found"
 
 
+@pytest.mark.slow
 def test_a_promise_is_for_the_model_that_it_was_made_with(tmp_path: Path) -> None:
     with running(tmp_path, FLUX_LOCAL_FAULTS="slow seconds=1") as server:
         promised = server.post(BODY, headers=ASYNC).json()["id"]
@@ -229,7 +231,7 @@ def test_accepted_work_outlives_a_kill(tmp_path: Path) -> None:
         assert httpx.get(f"{server.url}/v1/images/requests/{ids[-1]}").json()["response"]["data"] == expected
 
 
-@pytest.mark.parametrize("promises", [1, 3])
+@pytest.mark.parametrize("promises", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_accepted_work_outlives_a_start_that_fails(tmp_path: Path, promises: int) -> None:
     body = {**BODY, "steps": 60}
     with running(tmp_path) as server:
@@ -244,6 +246,7 @@ def test_accepted_work_outlives_a_start_that_fails(tmp_path: Path, promises: int
             eventually(lambda here=here: status(here) == "succeeded")
 
 
+@pytest.mark.slow
 def test_work_of_another_version_ends_and_the_server_starts(tmp_path: Path) -> None:
     with running(tmp_path, FLUX_LOCAL_FAULTS="hang") as server:
         location = server.post(BODY, headers=ASYNC).headers["location"]
@@ -286,6 +289,7 @@ def test_a_full_disk_costs_urls_and_nothing_else(tmp_path: Path) -> None:
         assert httpx.get(server.post(BODY).json()["data"][0]["url"]).status_code == 200
 
 
+@pytest.mark.slow
 def test_accepted_work_ends_on_a_full_disk_too(tmp_path: Path) -> None:
     """What cannot be written down yet is told all the same, and deleted."""
     with running(tmp_path, FLUX_LOCAL_FAULTS="slow seconds=3 step=0") as server:

@@ -201,7 +201,7 @@ def test_the_engine_dies_with_its_server(tmp_path: Path) -> None:
         assert gone
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_drains_and_exits_0(tmp_path: Path, number: signal.Signals) -> None:
     with running(tmp_path) as server:
         engine = server.engine()
@@ -236,6 +236,7 @@ def test_a_second_signal_waits_for_nobody(tmp_path: Path) -> None:
         idle.close()
 
 
+@pytest.mark.slow
 def test_files_outlive_a_kill(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         answer = server.post({**QUICK, "seed": 1}).json()
