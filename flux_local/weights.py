@@ -44,11 +44,11 @@ def find(model: str) -> Path:
     for place in (Path(model).expanduser(), *places(model)):
         if is_model(place):
             return Path(os.path.abspath(place))  # links stay: what stands beside a file, and its suffix, count
-    fetch = f"Fetch it with `flux-local download black-forest-labs/{model}`, or give" if model in TOKENIZERS else "Give"
+    fetched = model if model in TOKENIZERS else "FLUX.1-Krea-dev"
     raise WeightsError(
-        f"No model at '{model}'. {fetch} the path of a diffusers folder (one with a model_index.json), of a "
-        ".safetensors or .gguf file or a folder of such, or 'flux-krea-mini' for the embedded model. "
-        "`flux-local download` fetches FLUX.1 Krea [dev]."
+        f"No model at '{model}'. Give the path of a diffusers folder (one with a model_index.json), of a .safetensors "
+        "or .gguf file or a folder of such, or 'flux-krea-mini' for the embedded model; "
+        f"`flux-local download black-forest-labs/{fetched}` fetches {fetched}."
     )
 
 

@@ -78,7 +78,7 @@ def train(options: argparse.Namespace) -> None:
     else:
         autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)), options.begin)
     if options.export:
-        painter = flow.latest(run, options.begin)
+        painter = flow.latest(run)
     else:
         how = {"scale": options.scale, "compiled": not options.eager}
         if options.only_practice:

@@ -254,7 +254,7 @@ def random_sigmas(count: int, tokens: int, generator: torch.Generator) -> torch.
     the canvas, half uniform.
 
     A picture is decided while it is nearly noise, and in this world the prompt decides almost all of it: that share is
-    what makes words act, in half the time. Its outlines are made exact where little noise is left.
+    what makes words act, in half the time.
     """
     t = torch.sigmoid(torch.randn(count, generator=generator)).clamp(1e-4, 1 - 1e-4)
     few, many = SHIFTS
@@ -389,15 +389,10 @@ def weighted(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return (error.square().mean(dim=(1, 2)) * sigma.to(error.device)).mean()
 
 
-def latest(run: Run, begin: Path | None = None) -> Painter:
-    """The averaged weights of the last checkpoint of the last stage that has one; those to begin with, if none has."""
+def latest(run: Run) -> Painter:
+    """The averaged weights of the last checkpoint of the last stage that has one."""
     average = AveragedModel(Painter(run.seed), multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    painter = cast(Painter, average.module).eval()
     stages = [run.work / f"{stage}.pt" for stage in ("practice", "guidance", "flow")]
-    path = next((stage for stage in stages if stage.exists()), None)
-    if path is None and begin is not None:
-        take(painter, begin)
-    else:
-        state = torch.load(path or stages[-1], map_location="cpu", weights_only=True)
-        average.load_state_dict(state["average"])
-    return painter
+    path = next((stage for stage in stages if stage.exists()), stages[-1])
+    average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
+    return cast(Painter, average.module).eval()
