@@ -282,6 +282,8 @@ def test_urls_of_the_public_address_until_they_expire(tmp_path: Path) -> None:
         for age, status in ((50, 200), (61, 404)):
             os.utime(file, (time.time() - age,) * 2)
             assert httpx.get(url).status_code == status
+        servers = httpx.get(server.url + "/openapi.json").json()["servers"]
+        assert servers == [{"url": "https://pictures.example/flux"}], "'Try it out' in /docs calls there"
 
 
 def test_start_is_quick_and_small(tmp_path: Path) -> None:

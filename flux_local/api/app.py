@@ -15,12 +15,11 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import flux_local
-from flux_local.api import answers
+from flux_local.api import about, answers, routes, stored
 from flux_local.api.auth import KeyGate, OwnGate
 from flux_local.api.page import page
 from flux_local.api.repeats import Repeats
 from flux_local.api.requests import Requests
-from flux_local.api.routes import probes, router
 from flux_local.api.work import Services
 from flux_local.config import is_loopback
 from flux_local.metrics import Metrics
@@ -42,14 +41,18 @@ def create_app(services: Services, requests: Requests) -> ASGIApp:
     """The ASGI application, keys and all."""
     # A redirect would go to whatever Host the client names.
     app = FastAPI(
-        title="flux-local", version=flux_local.__version__, docs_url=None, redoc_url=None, redirect_slashes=False
-    )
+        title="flux-local", version=flux_local.__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
+        servers=[{"url": address}] if (address := services.settings.public_url.rstrip("/")) else None,
+    )  # fmt: skip
     answers.install(app)
-    app.include_router(probes(services))
+    app.include_router(about.probes(services))
     app.include_router(page())
     repeats = Repeats(services.history)
     for prefix in PREFIXES:
-        app.include_router(router(services, requests, repeats), prefix=prefix, include_in_schema=prefix == "/v1")
+        for part in (
+            routes.router(services, requests, repeats), stored.router(services, requests), about.model_routes(services)
+        ):  # fmt: skip
+            app.include_router(part, prefix=prefix, include_in_schema=prefix == "/v1")
     add_docs(app)
     gated: ASGIApp = HeadAsGet(app)
     if keys := services.settings.keys():

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flux_local.api.answers import error_response
@@ -100,6 +101,12 @@ class OwnGate:
         if own or origin in self.origins or (self.public is not None and name_in(origin or "") == self.public):
             return None
         return "Web pages of another origin may not call this server. Its operator can allow one with --cors-origins."
+
+
+def owner_of(request: Request) -> str:
+    """Whose request this is: the digest of its key, empty where the server has no keys."""
+    found: str = request.scope.get("owner", "")
+    return found
 
 
 def path_of(scope: Scope) -> bytes:

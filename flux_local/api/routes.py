@@ -1,4 +1,4 @@
-"""The routes: a request in, an answer out. What a request means is decided in `params`, `work` and `requests`."""
+"""The routes that draw: a request in, an answer out. What it means is decided in `params`, `work` and `requests`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from starlette.responses import Response
 
 from flux_local.api import bodies, schema, stream, uploads
 from flux_local.api.answers import JSON
+from flux_local.api.auth import owner_of
 from flux_local.api.repeats import HEADER, Repeats, fingerprint_of
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services, Work, base_url
-from flux_local.errors import Cancelled, Draining, InvalidValue, ModelNotFound, NotReady
-from flux_local.metrics import CONTENT_TYPE
+from flux_local.errors import Cancelled, InvalidValue
 from flux_local.parameters import Route
-from flux_local.params import PUBLIC_NAME, GenerationParams, generation_params
+from flux_local.params import GenerationParams, generation_params
 from flux_local.plan import Source
 from flux_local.sizes import Size
 
-MAX_PAGE = 100
-
 
 def router(services: Services, requests: Requests, repeats: Repeats) -> APIRouter:
-    """The API's routes, without prefix."""
+    """Pictures from prompts and pictures, without prefix."""
     routes = APIRouter()
     in_json, with_files = (partial(body, model=services.model) for body in (schema.json_body, schema.image_body))
 
@@ -60,7 +58,7 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
 
     async def with_image(request: Request, route: Route) -> Response:
         if HEADER not in request.headers:  # what would be refused need not be sent, and decoded, first
-            services.dispatcher.check_open(owner(request), pictures=1, token_steps=0)
+            services.dispatcher.check_open(owner_of(request), pictures=1, token_steps=0)
         raw, source = await uploads.read(request, route, services.decoder)
         return await once(request, route, raw, source)
 
@@ -79,112 +77,7 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
         """Draw pictures like a picture."""
         return await with_image(request, "variations")
 
-    @routes.get("/images/requests", responses=schema.answers(schema.ENTRIES), openapi_extra=schema.PAGING)
-    async def history(request: Request) -> dict[str, Any]:
-        """The newest requests of the caller's key, the newest first; `after` an id, those before it."""
-        limit = limit_of(request.query_params.get("limit"))
-        entries = await services.history.page(owner(request), limit + 1, request.query_params.get("after"))
-        views = [requests.view(entry) for entry in entries[:limit]]
-        return {"object": "list", "data": views, "has_more": len(entries) > limit}
-
-    @routes.get("/images/requests/{id}", responses=schema.answers(schema.ENTRY))
-    async def history_entry(request: Request, id: str) -> dict[str, Any]:
-        """One request: status, progress, parameters as run, result."""
-        return requests.view(await services.history.get(id, owner(request)))
-
-    @routes.delete("/images/requests/{id}", responses=schema.answers(schema.ENTRY))
-    async def cancel(request: Request, id: str) -> dict[str, Any]:
-        """Cancel what still runs and remove what is stored."""
-        return {**requests.view(await requests.remove(id, owner(request))), "deleted": True}
-
-    @routes.get("/images/files/{name}", responses=schema.FILE_ANSWERS)
-    async def file(name: str) -> Response:
-        """The bytes behind a `url` answer."""
-        data = await asyncio.to_thread(services.store.load, name)
-        return Response(
-            data,
-            media_type=f"image/{name.rpartition('.')[2]}",
-            headers={
-                "x-content-type-options": "nosniff",
-                "content-security-policy": "default-src 'none'; sandbox",
-                "content-disposition": f'inline; filename="{name}"',
-                "cache-control": "private, max-age=3600",
-            },
-        )
-
-    @routes.get("/models", responses=schema.answers(schema.MODELS))
-    async def models(request: Request) -> dict[str, Any]:
-        """The names of its own that this server answers to. `?schema=true` adds the parameters."""
-        names = dict.fromkeys((PUBLIC_NAME, services.model.name))
-        return {"object": "list", "data": [model_object(services, request, name) for name in names]}
-
-    @routes.get("/models/{name}", responses=schema.answers(schema.MODEL))
-    async def model(request: Request, name: str) -> dict[str, Any]:
-        """One model. `?schema=true` adds the parameters."""
-        if not services.model.answers_to(name):
-            raise ModelNotFound("This server has no such model; /v1/models lists what it has.")
-        return model_object(services, request, name)
-
     return routes
-
-
-def probes(services: Services) -> APIRouter:
-    """Live and ready, for supervisors and balancers."""
-    routes = APIRouter()
-
-    @routes.get("/health")
-    async def health() -> dict[str, str]:
-        """Live: the process answers."""
-        return {"status": "ok"}
-
-    @routes.get("/ready", responses=schema.answers(schema.ANY))
-    async def ready() -> dict[str, Any]:
-        """Ready: a warm-up picture has been drawn and the engine is there."""
-        state = services.dispatcher.ready
-        if services.dispatcher.draining:
-            raise Draining("The server is stopping.", retry_after=5)
-        if state is None or not services.dispatcher.started:
-            raise NotReady("The model is loading, or its engine is being replaced.", retry_after=5)
-        return {
-            "status": "ready",
-            "model": services.model.name,
-            "device": state.device,
-            "precision": state.precisions[0],
-            "precisions": list(state.precisions),
-            "attention": services.dispatcher.attentions,
-            "memory": state.memory,
-            "safety_checker": services.has_checker,
-            "engines": [
-                {"device": engine.ready.device if engine.ready else engine.device, "ready": engine.ready is not None}
-                for engine in services.dispatcher.engines
-            ],
-            "load_seconds": round(state.load_seconds, 3),
-            "weights_bytes": state.weights_bytes,
-            "warm_up_seconds": round(state.warm_up_seconds, 3),
-            "step_seconds": round(state.step_seconds, 4),
-        }
-
-    @routes.get("/metrics", responses=schema.METRICS_ANSWERS)
-    async def metrics() -> Response:
-        """Counts, seconds and the state, in Prometheus' text format."""
-        return Response(services.metrics.text(), headers={"content-type": CONTENT_TYPE})
-
-    return routes
-
-
-def limit_of(text: str | None) -> int:
-    """Entries on a page of the history."""
-    if text is None:
-        return MAX_PAGE
-    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_PAGE:
-        raise InvalidValue(f"'limit' must be between 1 and {MAX_PAGE}.", param="limit")
-    return int(text)
-
-
-def owner(request: Request) -> str:
-    """Whose request this is: the digest of its key, empty where the server has no keys."""
-    found: str = request.scope.get("owner", "")
-    return found
 
 
 def work_of(services: Services, request: Request, params: GenerationParams, source: Source | None = None) -> Work:
@@ -193,7 +86,7 @@ def work_of(services: Services, request: Request, params: GenerationParams, sour
         request.scope["request_id"],
         base_url(services.settings, request),
         services.plan(params, source),
-        owner(request),
+        owner_of(request),
         timeout_of(request, services.settings.request_timeout),
     )
 
@@ -207,7 +100,7 @@ async def answer(request: Request, requests: Requests, route: Route, work: Work)
             name = "stream" if work.params.stream else "sync_mode"
             raise InvalidValue(f"'{name}' does not go with 'Prefer: respond-async'; leave one out.", param=name)
         await requests.start(work, route)
-        entry = await requests.services.history.get(work.id, owner(request))
+        entry = await requests.services.history.get(work.id, owner_of(request))
         location = f"{work.base_url}/v1/images/requests/{work.id}"
         headers = {"location": location, "preference-applied": "respond-async", **work.headers({"data": []})}
         return JSON(requests.view(entry), 202, headers)
@@ -217,18 +110,6 @@ async def answer(request: Request, requests: Requests, route: Route, work: Work)
     task = await requests.begin(work, route)
     body = await while_connected(request, task)
     return JSON(body, headers=work.headers(body))
-
-
-def model_object(services: Services, request: Request, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "id": name,
-        "object": "model",
-        "created": services.started,
-        "owned_by": "flux-local",
-    }
-    if request.query_params.get("schema", "").lower() in ("true", "1"):
-        found["parameters"] = schema.parameter_list(services.model)
-    return found
 
 
 def timeout_of(request: Request, limit: float) -> float:
