@@ -38,6 +38,7 @@ from proof.scale import REAL, SMALL, Scale  # noqa: E402
 from proof.timing import TIMED, WARM_UPS, milliseconds  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from flux_local.model import memory  # noqa: E402
 from flux_local.model.denoiser import Denoiser, Picture  # noqa: E402
 from flux_local.model.fp8 import in_fp8  # noqa: E402
 from flux_local.model.graphs import Graphs, recorded  # noqa: E402
@@ -116,12 +117,14 @@ class Bench:
         """A part whose failure is recorded and costs the others nothing; what is known by then is written."""
         say(f"\n{name}")
         began = time.perf_counter()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
         with self.attempt(name):
             yield
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
-            self.report.memory["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            self.report.memory.setdefault("peak_gb", {})[name] = torch.cuda.max_memory_allocated() / 1e9
         self.report.write(self.out)
         say(f"  [{time.perf_counter() - began:.1f} s]")
 
@@ -207,7 +210,9 @@ class Bench:
         self.module.to(self.dtype)
         began = time.perf_counter()
         weights = self.module.state_dict()
-        self.ours = FluxTransformer(Geometry.of(self.module.config), Layers(weights.__getitem__), self.ops)
+        geometry = Geometry.of(self.module.config)
+        work = memory.step_work(geometry.width, self.scale.sides[0] ** 2)
+        self.ours = FluxTransformer(geometry, Layers(weights.__getitem__), self.ops, work=work)
         self.fast = in_fp8(self.ours)
         emulated = self.cuda and self.ops.attention_quantised_by == Ops().attention_quantised_by
         self.fastest = None if emulated else attention_in_fp8(self.fast)
@@ -428,8 +433,6 @@ class Bench:
             timings["picture_s"] = whole
 
     def run(self) -> Report:
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
         stages = {
             "Environment": self.environment, "The card's ceilings": self.ceilings, "Floor": self.floor,
             "Kernels": self.kernels, "Building FLUX.1 with random weights": self.build,
@@ -446,7 +449,7 @@ def attention_in_fp8(transformer: FluxTransformer) -> FluxTransformer:
     """The same with attention in fp8 too; all weights are shared."""
     twin = copy.copy(transformer)
     twin.fp8_attention = True
-    twin.run = recorded(twin.forward, twin.device, transformer.run)
+    twin.run = recorded(twin.forward, twin.device, beside=transformer.run)
     return twin
 
 

@@ -55,7 +55,7 @@ def test_any_shape(kernels: dict[str, Any], name: str, dtype: torch.dtype, sizes
     truth = TRIALS[name](getattr(Ops(), name), sizes, Data("cpu", dtype, torch.float64))
     found = TRIALS[name](kernels[name], sizes, Data("cpu", dtype, dtype))
     assert found.dtype == dtype
-    limit = FP8_TOLERANCE if name.endswith("_quantised") else ROUNDING[dtype]
+    limit = FP8_TOLERANCE if name.endswith("quantised") else ROUNDING[dtype]
     assert distance(found, truth) <= limit
 
 
@@ -94,6 +94,17 @@ def test_every_number_is_rounded_to_fp8_as_torch_rounds_it(kernels: dict[str, An
     expected, _ = Ops().quantised(rows)
     assert scale.tolist() == [[1.0], [1.0]]
     assert torch.equal(values.float(), expected.float())
+
+
+@pytest.mark.parametrize("name", ["quantised", "gelu_quantised"])
+def test_what_is_not_a_number_leaves_no_product_finite(kernels: dict[str, Any], name: str) -> None:
+    """Else a failed picture would look finite."""
+    rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    rows[0, 7], rows[2, 3] = float("nan"), torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    for quantised in (kernels[name], getattr(Ops(), name)):
+        values, scale = quantised(rows.clone(), *([4] if name == "gelu_quantised" else []))
+        finite = (values.float().sum(dim=1, keepdim=True) * scale).isfinite().flatten()
+        assert finite.tolist() == [False, True, False]
 
 
 class TestSelfCheck:

@@ -151,7 +151,7 @@ def test_what_is_short_goes_to_the_host(krea: Checkpoint) -> None:
     assert (roomy.host, short.host) == (0, 1 << 33), "pinned memory comes in powers of two"
     assert roomy.tile_above is None
     assert short.tile_above is not None
-    assert step_work(Sizes.of(krea), 1 << 20) < step_work(Sizes.of(krea), 1 << 22)
+    assert step_work(Sizes.of(krea).width, 1 << 20) < step_work(Sizes.of(krea).width, 1 << 22)
 
 
 def test_what_waits_in_host_memory_has_to_fit_there(krea: Checkpoint) -> None:
@@ -272,3 +272,16 @@ def test_settings_that_contradict_end_the_start(tmp_path: Path) -> None:
 def test_a_model_that_says_less_gets_flux1s_own(krea: Checkpoint) -> None:
     assert weights.info(krea.path).canvas.max_area > 4_000_000
     assert krea.scheduler()["use_dynamic_shifting"] is True
+
+
+def test_what_an_error_means() -> None:
+    """CUDA's own errors carry its numbers: 2 is cudaErrorMemoryAllocation, 700 an illegal address."""
+    short, lost = (torch.AcceleratorError("CUDA error") for _ in range(2))
+    short.error_code, lost.error_code = 2, 700  # type: ignore[attr-defined]
+    assert memory.is_exhausted(short)
+    assert not memory.is_fatal(short)
+    assert memory.is_fatal(lost)
+    assert not memory.is_exhausted(lost)
+    assert memory.is_exhausted(torch.OutOfMemoryError("CUDA out of memory"))
+    for harmless in (RuntimeError("shapes do not match"), ValueError("no"), torch.OutOfMemoryError("CUDA")):
+        assert not memory.is_fatal(harmless)

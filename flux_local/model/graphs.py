@@ -3,10 +3,14 @@
 Captured on the device and checked there against the function itself; what cannot be captured, or does not repeat its
 bits, runs as it is. Graphs share a pool of memory, so that they cost little more than the largest of them; the least
 used goes when there are too many. Knows nothing of what the function computes.
+
+A pool's blocks are never joined nor given back while a graph lives, so that what one graph left is of no use to a
+larger one. Hence a pool begins with one block that is large enough for all, and inputs and outputs lie outside of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from flux_local.model import memory
 
 GRAPHS = 32
 """Of one function: the canvases of the size table, and batches of those in use."""
@@ -33,53 +39,80 @@ class Captured:
         for static, given in zip(self.inputs, inputs, strict=True):
             static.copy_(given)
         self.graph.replay()
-        # The next graph of the pool may write where this output lies.
-        return self.output.clone()
+        return self.output.clone()  # the next replay writes there
+
+
+class OtherBits(RuntimeError):
+    """A graph's replay gives other bits than the call that it was recorded from."""
 
 
 class Pool:
-    """Memory that graphs share which never run at the same time, whosever they are."""
+    """Memory that graphs share which never run at the same time, whosever they are.
 
-    def __init__(self) -> None:
-        self.handle = torch.cuda.graph_pool_handle()
+    Args:
+        work: bytes that the largest of them takes while it runs.
+    """
+
+    def __init__(self, work: int = 0) -> None:
+        self.work = work
+        self.closed = False
+        """Nothing more is recorded."""
         self.aside = torch.cuda.Stream()  # one for all: each stream has workspaces of its own
+        self.renew()
 
     def renew(self) -> None:
         """Has what is captured from now on take other memory; earlier graphs keep theirs."""
         self.handle = torch.cuda.graph_pool_handle()
+        self.begun = False
+
+    def begin(self) -> None:
+        """While the first graph is recorded: takes the block that all are to use, and leaves it to them."""
+        if not self.begun:
+            self.begun = True
+            with contextlib.suppress(torch.OutOfMemoryError):  # smaller graphs may do with what there is
+                torch.empty(self.work, dtype=torch.uint8, device="cuda")
+
+    def close(self) -> None:
+        """After a recording that failed: the allocator may take the pool for still being recorded into, and go on so.
+
+        That costs this pool, and as long as it lasts the giving back of what is cached; another failure would again.
+        """
+        self.closed = True
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.handle)
 
 
 class Graphs:
     """Calls `function` through graphs.
 
     Args:
-        pool: that of other graphs; one of its own, if none is given.
+        pool: may be that of other graphs.
     """
 
-    def __init__(self, function: Callable[..., Tensor], limit: int = GRAPHS, pool: Pool | None = None) -> None:
+    def __init__(self, function: Callable[..., Tensor], pool: Pool, limit: int = GRAPHS) -> None:
         self.function = function
         self.limit = limit
-        self.pool = pool or Pool()
+        self.pool = pool
         self.captured: OrderedDict[Shapes, Captured] = OrderedDict()
         self.refused: set[Shapes] = set()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         shapes = tuple(tensor.shape for tensor in inputs)
-        if shapes in self.refused:
-            return self.function(*inputs)
         if shapes not in self.captured:
+            if shapes in self.refused or self.pool.closed:
+                return self.function(*inputs)
             stream = torch.cuda.current_stream()
             try:
                 captured, output = self.capture(inputs)
-            except torch.OutOfMemoryError:
-                torch.cuda.set_stream(stream)  # a capture that ends badly may leave its own
-                self.forget()
-                raise
             except RuntimeError as error:
-                torch.cuda.set_stream(stream)
+                torch.cuda.set_stream(stream)  # a capture that ends badly may leave its own
+                if memory.is_exhausted(error):
+                    self.forget()
+                    raise
                 log.warning("no CUDA graph for %s: %s", [tuple(shape) for shape in shapes], error)
                 self.refused.add(shapes)
-                self.pool.renew()  # the allocator may take the one that was recorded into for still being so
+                if not isinstance(error, OtherBits):
+                    self.pool.close()
                 return self.function(*inputs)
             self.captured[shapes] = captured
             while len(self.captured) > self.limit:
@@ -97,7 +130,7 @@ class Graphs:
         """Records the function at these shapes; also gives what it is of these inputs.
 
         Raises:
-            RuntimeError: something in it cannot be recorded, or a replay does not give what a call gives.
+            OtherBits: a replay does not give what a call gives. RuntimeError: something in it cannot be recorded.
         """
         static = tuple(tensor.clone() for tensor in inputs)
         aside = self.pool.aside
@@ -105,25 +138,32 @@ class Graphs:
         with torch.cuda.stream(aside):
             expected = self.function(*static)
         torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
+        graph, output = torch.cuda.CUDAGraph(), torch.empty_like(expected)
         # What other threads do on the device meanwhile, the safety checker's say, neither fails nor is recorded.
         with torch.cuda.graph(graph, pool=self.pool.handle, capture_error_mode="thread_local"):
-            output = self.function(*static)
+            self.pool.begin()
+            output.copy_(self.function(*static))
         captured = Captured(graph, static, output)
         replayed = captured.replay(inputs)
-        if not torch.equal(replayed, expected):
-            raise RuntimeError("its replay gives other bits than the call")
+        if not same_bits(replayed, expected):
+            raise OtherBits("its replay gives other bits than the call")
         return captured, replayed
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Of two contiguous tensors; one NaN is like another then."""
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
 def recorded(
-    function: Callable[..., Tensor], device: torch.device, beside: Callable[..., Tensor] | None = None
+    function: Callable[..., Tensor], device: torch.device, work: int = 0, beside: Callable[..., Tensor] | None = None
 ) -> Callable[..., Tensor]:
     """The function, through CUDA graphs where there are such.
 
     Args:
+        work: bytes that it takes at the largest shapes.
         beside: another recorded function, which never runs at the same time: both share a pool.
     """
     if device.type != "cuda":
         return function
-    return Graphs(function, pool=beside.pool if isinstance(beside, Graphs) else None)
+    return Graphs(function, beside.pool if isinstance(beside, Graphs) else Pool(work))

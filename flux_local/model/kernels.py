@@ -37,11 +37,13 @@ def _rounded(value, largest):
     By hand, ties to even, so that the cast after it is exact whoever does it. Below 2⁻⁶ the numbers of e4m3 lie 2⁻⁹
     apart, which is what fp32 keeps next to 24576; above, three bits follow the leading one.
     """
+    missing = value != value  # NaN, which a card's minimum and maximum pass over
     value = tl.minimum(tl.maximum(value, -largest), largest)
     near_zero = (value + 24576.0) - 24576.0
     bits = value.to(tl.int32, bitcast=True)
     elsewhere = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(value) < 0.015625, near_zero, elsewhere)
+    rounded = tl.where(tl.abs(value) < 0.015625, near_zero, elsewhere)
+    return tl.where(missing, float("nan"), rounded)
 
 
 # Where a block's vectors lie in the table: without this, one compilation for each pattern of ones and sixteens.
@@ -53,8 +55,12 @@ COUNTS = ["text_rows", "text", "image"]
 
 @triton.jit
 def _to_fp8(row, largest, tiny):
-    """A row's scale, and its numbers over that, rounded to e4m3 but still fp32."""
-    scale = tl.maximum(tl.max(tl.abs(row), 0), tiny) / largest
+    """A row's scale, and its numbers over that, rounded to e4m3 but still fp32.
+
+    With a NaN the scale is infinite, so that no product of the row is finite: a maximum would pass over it.
+    """
+    absolute = tl.where(row == row, tl.abs(row), float("inf"))
+    scale = tl.maximum(tl.max(absolute, 0), tiny) / largest
     return scale, _rounded(row / scale, largest)
 
 

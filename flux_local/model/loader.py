@@ -75,7 +75,7 @@ class Pipeline:
         """The one of a precision; `careful` with plain operations instead of kernels and graphs."""
         denoiser = self.fast if go_fast and self.fast is not None else self.denoiser
         if careful and isinstance(denoiser.transformer, FluxTransformer):
-            return Denoiser(denoiser.transformer.with_plain_operations())
+            return Denoiser(denoiser.transformer.with_plain_operations(), denoiser.pace)
         return denoiser
 
     def adapt(self, choice: Choice, go_fast: bool) -> None:
@@ -150,8 +150,10 @@ class Pipeline:
         return self.conditions[key][1]
 
     def make_room(self) -> None:
-        """Gives back what can be made again: CUDA graphs, conditions, the allocator's reserve."""
+        """Gives back what can be made again: CUDA graphs, conditions, copies for adapters, the allocator's reserve."""
         self.conditions.clear()
+        if self.adapters is not None:
+            self.adapters.forget()
         for denoiser in (self.denoiser, self.fast):
             if denoiser is not None and isinstance(denoiser.transformer, FluxTransformer):
                 denoiser.transformer.forget()
@@ -195,6 +197,7 @@ def load(
             memory.Sizes.of(checkpoint), memory.room(device), "full" if reference else precisions, tier, largest,
             not has_products(device), memory.host_room(sharing),
         )  # fmt: skip
+        work = memory.step_work(geometry.width, largest)
     text = prompt_encoder(checkpoint, device, dtype, plan)
     plain = reference or plan.tier == "offload"
     ops = Ops() if plain or device == "cpu" else operations(geometry, device, dtype, fp8_attention)
@@ -217,12 +220,12 @@ def load(
                 target = Target(device, native, ops.quantised, plan.modulation_on_host)
                 layers = PreparedLayers(ready, target)
                 plan = replace(plan, prepared=True)
-            denoiser = fast = Denoiser(FluxTransformer(geometry, layers, ops, native, fp8_attention))
+            denoiser = fast = Denoiser(FluxTransformer(geometry, layers, ops, native, fp8_attention, work))
         else:
-            own = FluxTransformer(geometry, Layers(weights), ops)
+            own = FluxTransformer(geometry, Layers(weights), ops, work=work)
             denoiser = Denoiser(own)
             if plan.tier == "both":
-                fast = Denoiser(in_fp8(own, attention=fp8_attention))
+                fast = Denoiser(in_fp8(own, attention=fp8_attention), denoiser.pace)
         vae = Autoencoder(autoencoder(checkpoint, device, dtype), ops, plan.tile_above)
     schedule = FlowSchedule.of(checkpoint.scheduler())
     return Pipeline(text, denoiser, vae, schedule, fast, None if plain else Adapters(weights), plan)

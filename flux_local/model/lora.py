@@ -71,6 +71,11 @@ class Adapters:
         self.at: tuple[int, Choice] | None = None
         """The transformer last brought anywhere, and where to."""
 
+    def forget(self) -> None:
+        """Lets go what can be loaded and computed again."""
+        self.bases.clear()
+        self.held.clear()
+
     def use(self, transformer: FluxTransformer, choice: Choice) -> None:
         """Leaves the transformer with these adapters and no others; without effect where it has them.
 

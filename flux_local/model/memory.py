@@ -40,6 +40,8 @@ ON_CPU: tuple[Tier, ...] = ("both", "full", "fp8")
 CPU_WORD = 4
 """Bytes of a number on a CPU: fp32, and what is rounded to fp8 too."""
 
+OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation."""
 MEMINFO = Path("/proc/meminfo")
 WORD = 2
 """Bytes of a number on a GPU: bf16."""
@@ -188,7 +190,7 @@ def plan(
         )
     if room is None:
         return on_cpu(sizes, [tier] if tier else [each for each in tiers if each in ON_CPU], host_room)
-    work = step_work(sizes, largest) + decode_work(sizes, min(largest, SMALLEST_DECODE)) + SPARE
+    work = step_work(sizes.width, largest) + decode_work(sizes, min(largest, SMALLEST_DECODE)) + SPARE
     for candidate in [tier] if tier else tiers:
         ways = [replace(way, needed=way.needed + work, room=room) for way in layouts(sizes, candidate, emulated)]
         fitting = [way for way in ways if way.needed <= room and (host_room is None or way.host <= host_room)]
@@ -266,10 +268,15 @@ def layouts(sizes: Sizes, tier: Tier, emulated: bool = False) -> list[Plan]:
             ]
 
 
-def step_work(sizes: Sizes, largest: int) -> int:
-    """Bytes that a pass holds beside the weights, at the largest canvas or a full batch of smaller ones."""
+def step_work(width: int, largest: int) -> int:
+    """Bytes that a pass holds beside the weights, at the largest canvas or a full batch of smaller ones.
+
+    Args:
+        width: of a token.
+        largest: pixels of the largest canvas.
+    """
     tokens = max(largest // 256, STEP_TOKENS) + TEXT
-    return BUFFERS * tokens * sizes.width * WORD
+    return BUFFERS * tokens * width * WORD
 
 
 def decode_work(sizes: Sizes, pixels: int) -> int:
@@ -292,13 +299,26 @@ def sharing(device: str, devices: Sequence[str]) -> int:
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether an error means that there was no memory left for what was tried."""
+    """Whether an error means that there was no memory left for what was tried: for torch's allocator, or for what CUDA
+    allocates by itself, such as a graph."""
+    if isinstance(error, torch.AcceleratorError):
+        return getattr(error, "error_code", None) == OUT_OF_MEMORY
     return isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether the device is lost to this process: after such an error every further call fails too."""
-    return isinstance(error, torch.AcceleratorError)
+    """Whether the device is lost to this process: after such an error every further call fails too.
+
+    cuBLAS, cuDNN and Triton say it in errors of their own, which other failures come in too: there the device is asked.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        return not is_exhausted(error)
+    if isinstance(error, RuntimeError) and not is_exhausted(error) and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+    return False
 
 
 def has_room(tensor: torch.Tensor) -> bool:
@@ -306,9 +326,9 @@ def has_room(tensor: torch.Tensor) -> bool:
     if tensor.device.type != "cuda":
         total, available = (host_memory(name) for name in ("MemTotal", "MemAvailable"))
         return available - tensor.nbytes > total // 5
+    # What the allocator has in reserve does not count: a part of it belongs to graphs.
     free_bytes, total = torch.cuda.mem_get_info(tensor.device)
-    unused = torch.cuda.memory_reserved(tensor.device) - torch.cuda.memory_allocated(tensor.device)
-    return free_bytes + unused - tensor.nbytes > total // 5
+    return free_bytes - tensor.nbytes > total // 5
 
 
 def host_memory(name: str) -> int:

@@ -148,7 +148,7 @@ def check(name: str, kernel: Any, sizes: Sizes, device: str, dtype: torch.dtype)
     limit = TOLERANCE[dtype]
     if name == "attention_quantised":
         limit = PROBABILITY_TOLERANCE
-    elif name.endswith("_quantised") and dtype != torch.float32:
+    elif name.endswith("quantised") and dtype != torch.float32:
         limit = FP8_TOLERANCE
     if not distance <= limit:
         return Finding(name, False, distance, f"off by {distance:.2e}, more than {limit:.0e}")

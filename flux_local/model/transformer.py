@@ -115,11 +115,13 @@ class FluxTransformer:
         ops: Ops | None = None,
         fp8: bool = False,
         fp8_attention: bool = False,
+        work: int = 0,
     ) -> None:
         """
         Args:
             fp8: whether the blocks' products take fp8 rows.
             fp8_attention: whether attention takes fp8 too.
+            work: bytes that a pass takes at its largest, `memory.step_work`.
         """
         self.geometry = geometry
         self.ops = ops or Ops()
@@ -137,7 +139,7 @@ class FluxTransformer:
         """Whether what blocks take is put into fp8 where it is made."""
         self.fp8_attention = fp8_attention
         self.dtype, self.device = self.image_in.weight.dtype, self.image_in.weight.device
-        self.run = recorded(self.forward, self.device)
+        self.run = recorded(self.forward, self.device, work)
 
     @property
     def attention_by(self) -> str:
@@ -284,7 +286,7 @@ class FluxTransformer:
         twin.doubles = [replace(b, text=stream(b.text), image=stream(b.image)) for b in self.doubles]
         twin.singles = [replace(b, qkv_up=convert(b.qkv_up), out=convert(b.out)) for b in self.singles]
         twin.fp8, twin.fp8_attention = fp8, fp8_attention
-        twin.run = recorded(twin.forward, twin.device, self.run)
+        twin.run = recorded(twin.forward, twin.device, beside=self.run)
         return twin
 
     def forget(self) -> None:
