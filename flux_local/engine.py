@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections import OrderedDict, deque
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from flux_local.drawing import Drawing, begin_picture
 from flux_local.errors import (
     DeadlineExceeded,
     FluxError,
@@ -31,10 +31,8 @@ from flux_local.steps import advances, partial_steps
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flux_local.model.denoiser import Picture
     from flux_local.model.loader import Pipeline
     from flux_local.model.safety import SafetyChecker
-    from flux_local.model.text import Encode
 
 BATCH_ROWS = 4
 """Rows of a batch at most. On two CPU cores four small pictures take twice the time of one, eight gain nothing more."""
@@ -55,24 +53,6 @@ Decoding = tuple[str, int | None]
 log = logging.getLogger("flux_local.engine")
 
 
-@dataclass(eq=False, slots=True)
-class Drawing:
-    """A job on its way. Times are seconds of the monotonic clock."""
-
-    job: Job
-    arrived: float
-    steps: int
-    partial_steps: list[int]
-    picture: Picture | None = None
-    encode_s: float = 0.0
-    begun: float = 0.0
-    denoised: float = 0.0
-    reported: float = 0.0
-    retried: bool = False
-    careful: bool = False
-    """Drawn with the plain forms of all operations, because the picture was not finite with the fast ones."""
-
-
 class Engine:
     """Draws jobs, several at a time, each advancing a step whenever the scheduler picks it."""
 
@@ -85,8 +65,11 @@ class Engine:
         checker: SafetyChecker | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.pace = pipeline.denoiser.pace
         self.channel = channel
         self.pulse = pulse
+        self.launched: deque[Sequence[int]] = deque(maxlen=2)
+        """The jobs, by serial, of the last steps: a GPU may still be at them, and they at fault if it fails."""
         self.faults = Faults()
         self.scheduler = Scheduler(self.rows_limit)
         self.limits: dict[tuple[int, int], int] = {}
@@ -189,27 +172,36 @@ class Engine:
             return True
         shapes = {rows, *(drawing.job.rows for drawing in batch)} - {1}
         canvas = (batch[0].job.width, batch[0].job.height)
-        assert batch[0].picture is not None
-        self.pulse.enter(Phase.PROVE, tuple(drawing.job.serial for drawing in batch))
-        try:
-            denoiser, prompt = self.pipeline.denoiser_for(batch[0].job.go_fast), batch[0].picture.prompt
-            proved = all(denoiser.independent(*canvas, shape, prompt) for shape in sorted(shapes))
-        except Exception as error:
-            from flux_local.model import memory
-
-            if memory.is_fatal(error):
-                raise
-            if not memory.is_exhausted(error):
-                log.exception("a proof failed")
-            proved = False
+        self.enter(Phase.PROVE, batch)
+        proved = self.prove(batch[0], shapes)
         if not proved:
             log.warning("batches of %d on %dx%d would change bits or do not fit; smaller ones are used", rows, *canvas)
             self.limits[canvas] = rows // 2
         return proved
 
+    def prove(self, drawing: Drawing, shapes: set[int]) -> bool:
+        """Whether so many rows of the picture's canvas keep its bits; tried once more where memory was short."""
+        from flux_local.model import memory
+
+        denoiser, picture = self.pipeline.denoiser_for(drawing.job.go_fast), drawing.picture
+        assert picture is not None
+        for _ in range(2):
+            try:
+                return all(
+                    denoiser.independent(picture.width, picture.height, rows, picture.prompt) for rows in sorted(shapes)
+                )
+            except Exception as error:
+                if memory.is_fatal(error):
+                    raise
+                if not memory.is_exhausted(error):
+                    log.exception("a proof failed")
+                    break
+                self.pipeline.make_room()
+        return False
+
     def begin(self, drawing: Drawing) -> None:
         """Begins the job's picture, or fails the job."""
-        self.pulse.enter(Phase.BEGIN, (drawing.job.serial,))
+        self.enter(Phase.BEGIN, [drawing])
         started = time.monotonic()
         try:
             drawing.picture = begin_picture(self.pipeline, drawing.job, self.prompts)
@@ -225,30 +217,58 @@ class Engine:
     def step(self, batch: list[Drawing]) -> None:
         """One denoising step; pictures that are through go on to be decoded."""
         pictures = [drawing.picture for drawing in batch if drawing.picture is not None]
-        self.pulse.enter(Phase.STEP, tuple(drawing.job.serial for drawing in batch))
+        alone = batch[0].job.alone
+        if alone:
+            self.settle()
+        self.enter(Phase.STEP, batch)
         started = time.monotonic()
         try:
             self.faults.before_step([drawing.job.prompt for drawing in batch], pictures)
             self.pipeline.adapt(batch[0].job.loras, batch[0].job.go_fast)
             self.pipeline.denoiser_for(batch[0].job.go_fast, batch[0].careful).advance(pictures)
+            if alone:
+                self.settle()
         except Exception as error:  # the boundary of a request: whatever the model raises costs its batch only
             self.after_error(batch, error)
             return
-        seconds = time.monotonic() - started
+        if self.pace.runs_behind and not alone:
+            self.launched.append([drawing.job.serial for drawing in batch])
+        seconds = self.seconds_of(batch, time.monotonic() - started)
         self.measure(batch, seconds)
         for drawing in batch:
             left = self.scheduler.stepped(drawing.job.id, seconds * drawing.job.rows / sum(w.job.rows for w in batch))
             assert drawing.picture is not None
             step = drawing.picture.step
-            if started + seconds - drawing.reported >= REPORT_EVERY:
-                drawing.reported = started + seconds
+            if time.monotonic() - drawing.reported >= REPORT_EVERY:
+                drawing.reported = time.monotonic()
                 self.channel.send(Step(drawing.job.id, step, drawing.steps, seconds / len(batch)))
             if left == 0:
-                drawing.denoised = time.monotonic()
+                drawing.denoising_ends = self.pace.mark()
                 self.scheduler.remove(drawing.job.id)
                 self.decode(drawing, drawing.picture.latents)
             elif step in drawing.partial_steps:
                 self.decode(drawing, drawing.picture.estimate(), drawing.partial_steps.index(step))
+
+    def enter(self, phase: Phase, drawings: Sequence[Drawing]) -> None:
+        """Writes into the pulse what is begun for these, beside the steps that a GPU may still be at."""
+        serials = dict.fromkeys(drawing.job.serial for drawing in drawings)
+        for step in self.launched:
+            serials |= dict.fromkeys(step)
+        self.pulse.enter(phase, tuple(serials))
+
+    def settle(self) -> None:
+        """Waits until nothing is launched any more, so that what fails from here on is of what comes next.
+
+        A job that was in hand when an engine fell goes alone, and with this around its steps a second fall is its own.
+        """
+        self.pace.finish()
+        self.launched.clear()
+
+    def seconds_of(self, batch: list[Drawing], passed: float) -> float:
+        """A step's: those that passed, or where a GPU runs behind, what its last one took, by their tokens."""
+        if not self.pace.runs_behind:
+            return passed
+        return sum(drawing.job.tokens for drawing in batch) * (self.pace.token_seconds or self.seconds_per_token)
 
     def after_error(self, batch: list[Drawing], error: Exception) -> None:
         """Out of memory, a batch is tried again in smaller ones, and a picture alone once more; else its jobs fail.
@@ -292,7 +312,7 @@ class Engine:
         """Goes on with the first decoding for about the time of a step; delivers the picture when it is through."""
         id, partial = first = next(iter(self.decoding))
         drawing = self.drawings[id]
-        self.pulse.enter(Phase.DECODE, (drawing.job.serial,))
+        self.enter(Phase.DECODE, [drawing])
         until = time.monotonic() + DECODE_SHARE * self.step_seconds
         try:
             while True:
@@ -300,7 +320,10 @@ class Engine:
                 if time.monotonic() >= until:
                     return
         except StopIteration as end:
+            self.launched.clear()  # the pixels are here, and they came last
             del self.decoding[first]
+            if partial is None:
+                drawing.denoised = time.monotonic() - self.pace.since(drawing.denoising_ends)
             if self.checker is not None and drawing.job.check:
                 self.unchecked[first] = end.value
                 self.checker.submit(first, end.value, drawing.job.width, drawing.job.height)
@@ -367,19 +390,3 @@ class Engine:
     def end_with(self, drawing: Drawing, error: FluxError) -> None:
         self.drop(drawing.job.id)
         self.channel.send(Failed(drawing.job.id, answer_for(error).code, error.message, error.param, error.final))
-
-
-def begin_picture(pipeline: Pipeline, job: Job, encode: Encode) -> Picture:
-    """The job's picture before its first step.
-
-    Raises:
-        InvalidValue: an adapter that cannot be used.
-    """
-    pipeline.adapt(job.loras, job.go_fast)
-    return pipeline.begin(
-        encode(job.prompt, job.prompt_2, job.max_length), job.width, job.height,
-        seed=job.seed, steps=job.steps, guidance=job.guidance,
-        image=job.image, mask=job.mask, skip=job.skip, true_cfg_scale=job.true_cfg_scale, go_fast=job.go_fast,
-        computed=job.computed,
-        negative=None if job.negative_prompt is None else encode(job.negative_prompt, None, job.max_length),
-    )  # fmt: skip

@@ -46,7 +46,7 @@ def warm_up(pipeline: Pipeline, info: ModelInfo) -> float:
         for _ in range(2):
             started = time.monotonic()
             pipeline.denoiser_for(go_fast).advance([picture])
-            pipeline.denoiser_for(go_fast).finish()
+            pipeline.denoiser.pace.finish()
             seconds = time.monotonic() - started
     pipeline.vae.decode(picture.latents, width, height)
     rows = 2

@@ -36,7 +36,7 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from flux_local.engine import begin_picture
+    from flux_local.drawing import begin_picture
     from flux_local.engine_process import pick_device
     from flux_local.model import memory
     from flux_local.model.loader import NO_ROOM, load

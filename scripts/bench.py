@@ -110,7 +110,7 @@ def step_seconds(o: argparse.Namespace, times: int = 40) -> dict[str, float]:
 
 def one_step(denoiser: Denoiser, picture: Picture) -> None:
     denoiser.advance([picture])
-    denoiser.finish()
+    denoiser.pace.finish()
 
 
 def prompt_of(seed: int) -> str:

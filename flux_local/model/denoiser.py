@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flux_local.model.graphs import same_bits
 from flux_local.model.latents import initial_noise
+from flux_local.model.pace import Pace
 from flux_local.model.text import PromptEmbedding
 
 
@@ -103,13 +105,17 @@ class Transformer(Protocol):
 
 
 class Denoiser:
-    """The Euler rule around a transformer."""
+    """The Euler rule around a transformer.
 
-    def __init__(self, transformer: Transformer) -> None:
+    Args:
+        pace: that of the other denoisers of the device; one of its own, if none is given.
+    """
+
+    def __init__(self, transformer: Transformer, pace: Pace | None = None) -> None:
         self.transformer = transformer
         self.dtype, self.device = transformer.dtype, transformer.device
+        self.pace = pace or Pace(self.device)
         self._independent: dict[tuple[int, int, int, int], bool] = {}
-        self._under_way: torch.cuda.Event | None = None
 
     @torch.inference_mode()
     def velocity(self, pictures: Sequence[Picture]) -> Tensor:
@@ -144,26 +150,14 @@ class Denoiser:
         Args:
             pictures: of one canvas and one prompt length, each with steps left.
         """
-        self.keep_pace()
-        for picture, velocity in zip(pictures, self.velocity(pictures).split(1), strict=True):
-            if picture.computed:
-                picture.latest = (*picture.latest, (picture.sigmas[picture.step], velocity))[-2:]
-            self.move(picture, velocity)
-            while picture.extrapolates:
-                self.move(picture, picture.extrapolated())
-
-    def finish(self) -> None:
-        """Waits for the device, where steps run behind the host; for whoever takes the time."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def keep_pace(self) -> None:
-        """Lets a GPU be no more than one step behind: busy all the time, yet a cancelled picture costs one step."""
-        if self.device.type == "cuda":
-            if self._under_way is not None:
-                self._under_way.synchronize()
-            self._under_way = torch.cuda.Event()
-            self._under_way.record()
+        tokens = sum(picture.latents.shape[1] * (1 if picture.against is None else 2) for picture in pictures)
+        with self.pace.step(tokens):
+            for picture, velocity in zip(pictures, self.velocity(pictures).split(1), strict=True):
+                if picture.computed:
+                    picture.latest = (*picture.latest, (picture.sigmas[picture.step], velocity))[-2:]
+                self.move(picture, velocity)
+                while picture.extrapolates:
+                    self.move(picture, picture.extrapolated())
 
     def move(self, picture: Picture, velocity: Tensor) -> None:
         """An Euler step: x(σ') = x(σ) + (σ' − σ)·v, in fp32, kept in the model's dtype."""
@@ -194,5 +188,5 @@ class Denoiser:
             ]  # fmt: skip
             together = self.raw_velocity([(p, p.condition) for p in pictures])
             alone = [self.raw_velocity([(p, p.condition)]) for p in pictures]
-            self._independent[key] = bool(torch.equal(together, torch.cat(alone)))
+            self._independent[key] = same_bits(together, torch.cat(alone))
         return self._independent[key]
