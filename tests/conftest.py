@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import os
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,8 @@ from tests.servers import MODEL, Server, running
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is first imported
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere; `make gpu-check` is for a GPU
+# No request here is encrypted, and reading all certificates anew for each client takes longer than most answers do.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
