@@ -319,7 +319,8 @@ class Bench:
                 yield float((fast(given, rotary, layout).double() - expected).norm() / expected.norm())
 
     def step_ms(self, transformer: Any, side: int, batch: int) -> float:
-        """A step among steps, as a server has them: in a row, with the host running ahead."""
+        """A step among steps, as a server has them: in a row, with the host running ahead. What the server's own clock
+        says of the last one is written beside it."""
         denoiser = Denoiser(transformer)
         pictures = self.pictures(transformer, side, batch, STEPS_TIMED * (TIMED + WARM_UPS))
 
@@ -327,7 +328,12 @@ class Bench:
             for _ in range(STEPS_TIMED):
                 denoiser.advance(pictures)
 
-        return milliseconds(several, self.device, least_ms=0) / STEPS_TIMED
+        ms = milliseconds(several, self.device, least_ms=0) / STEPS_TIMED
+        denoiser.pace.finish()
+        if (seconds := denoiser.pace.token_seconds) is not None:
+            own = self.report.timings.setdefault("step_ms_by_own_clock", [])
+            own.append([ms, 1000 * seconds * batch * side * side // 256])
+        return ms
 
     def steps(self) -> None:
         """One step: ours with graphs and without, then diffusers as it comes. A row that fails costs no other."""
