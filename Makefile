@@ -16,7 +16,7 @@ download: $(VENV)/serve.done
 test: $(VENV)/test.done
 	$(BIN)/pytest -m "not slow"
 
-test-all: $(VENV)/browser.done $(VENV)/node.done
+test-all: $(VENV)/browser.done $(VENV)/node.done $(VENV)/cluster.done
 	$(BIN)/pytest
 
 check: $(VENV)/test.done
@@ -59,6 +59,10 @@ $(VENV)/node.done: tests/node/package.json | $(VENV)/test.done
 	@command -v npm || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq -y nodejs npm; } >/dev/null 2>&1 || { echo "The tests in Node need it; on Debian: apt install nodejs npm"; exit 1; }
 	@mkdir -p $(VENV)/node && cp tests/node/package.json $(VENV)/node/
 	npm install --prefix $(VENV)/node --silent --no-fund --no-audit
+	@touch $@
+
+$(VENV)/cluster.done: $(VENV)/test.done
+	$(INSTALL) --editable ".[cluster]"
 	@touch $@
 
 # Chromium from the system's packages, where they may be installed from here.

@@ -42,6 +42,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             "an engine runs on each."
         ),
     ] = "auto"
+    cluster: Annotated[
+        str,
+        Meta(
+            description="A Ray cluster whose machines run the engines: 'auto' for the one that this machine is a part "
+            "of, or its address. --devices then says how many, as cuda,cuda; 'auto' is every GPU in it."
+        ),
+    ] = ""
     reference: Annotated[
         bool, Meta(description="Run diffusers' own transformer instead of flux-local's: slower, for comparison.")
     ] = False

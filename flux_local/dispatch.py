@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 
@@ -30,7 +29,7 @@ from flux_local.errors import (
     StartError,
 )
 from flux_local.messages import Cancel, Done, Failed, FromEngine, Job, Partial, Ready, Step
-from flux_local.supervisor import Fall, Supervisor
+from flux_local.supervisor import Engine, Fall, Hooks
 
 CRASHES = 2
 """Engines that a picture may bring down before it is refused."""
@@ -51,15 +50,12 @@ class Limits:
     """How much is promised.
 
     `pictures` that may wait, `seconds` of work that may be before a new one, and of both the `share` that one key may
-    hold where there are several. `patience`, `max_falls` and `window` as in `Supervisor`.
+    hold where there are several.
     """
 
     pictures: int
     seconds: float
     share: float
-    patience: float
-    max_falls: int
-    window: float
 
 
 @dataclass(eq=False)
@@ -70,7 +66,7 @@ class Pending:
     future: asyncio.Future[Done]
     steps_left: int
     on_event: OnEvent | None
-    engine: Supervisor | None = None
+    engine: Engine | None = None
     asked: float = field(default_factory=time.monotonic)
     begun: bool = False
     """Whether its engine has told of a step."""
@@ -92,10 +88,10 @@ class Dispatcher:
     """All engines and the pictures they owe. Lives on the event loop it is made on.
 
     Args:
-        devices: one engine is run on each.
+        engines: makes them, not started yet.
     """
 
-    def __init__(self, folder: Path, devices: list[str], limits: Limits, options: Sequence[str] = ()) -> None:
+    def __init__(self, limits: Limits, engines: Callable[[Hooks], Sequence[Engine]]) -> None:
         self.limits = limits
         self.started = False
         self.precisions: tuple[str, ...] = ()
@@ -109,12 +105,7 @@ class Dispatcher:
         self.placed_again = 0
         """Pictures given to an engine once more after a fall."""
         self.dead: asyncio.Future[StartError] = asyncio.get_running_loop().create_future()
-        self.engines = [
-            Supervisor(folder, device, limits.patience, limits.max_falls, limits.window,
-                       options=options, busy=self._owes, on_message=self._on_message, on_ready=self._on_ready,
-                       on_fall=self._on_fall)
-            for device in devices
-        ]  # fmt: skip
+        self.engines = engines(Hooks(self._owes, self._on_message, self._on_ready, self._on_fall))
         self._running: list[asyncio.Task[None]] = []
         """The engines' guardians; one that is done has given its engine up."""
         self._serials = itertools.count(1)
@@ -268,7 +259,7 @@ class Dispatcher:
         computed = job.steps_computed / max(1, job.steps - job.skip)
         return pending.steps_left * computed * job.tokens * self.token_seconds
 
-    def _owes(self, engine: Supervisor) -> bool:
+    def _owes(self, engine: Engine) -> bool:
         return any(pending.engine is engine for pending in self.pending.values())
 
     def _place(self, pending: Pending) -> None:
@@ -285,7 +276,7 @@ class Dispatcher:
         pending.steps_left = pending.job.steps - pending.job.skip
         pending.engine.send(pending.job)
 
-    def _on_ready(self, engine: Supervisor) -> None:
+    def _on_ready(self, engine: Engine) -> None:
         """Gives the engine what waits for one, and its share of what others have not begun: the latest of it."""
         in_hand = {serial for other in self.engines for serial in other.in_hand()}
         movable = [
@@ -297,7 +288,7 @@ class Dispatcher:
         for pending in self.pending.values():
             if pending.engine is None:
                 self._place(pending)
-        owed: dict[Supervisor | None, float] = {}
+        owed: dict[Engine | None, float] = {}
         for pending in self.pending.values():
             owed[pending.engine] = owed.get(pending.engine, 0.0) + self._cost(pending)
         moved = []
@@ -314,7 +305,7 @@ class Dispatcher:
             pending.engine = engine
             engine.send(pending.job)
 
-    def _on_fall(self, engine: Supervisor, fall: Fall) -> None:
+    def _on_fall(self, engine: Engine, fall: Fall) -> None:
         """Places the engine's pictures anew; those in its hands when it crashed go alone, once."""
         for pending in [p for p in self.pending.values() if p.engine is engine]:
             in_hand = pending.job.serial in fall.serials
@@ -360,7 +351,7 @@ class Dispatcher:
         else:
             pending.future.set_result(result)
 
-    def _on_message(self, engine: Supervisor, message: FromEngine) -> None:
+    def _on_message(self, engine: Engine, message: FromEngine) -> None:
         if not isinstance(message, (Step, Partial, Done, Failed)):
             return
         pending = self.pending.get(message.id)

@@ -144,6 +144,13 @@ _to_engine = msgspec.msgpack.Decoder(ToEngine)
 _from_engine = msgspec.msgpack.Decoder(FromEngine)
 
 
+def later(message: ToEngine, seconds: float) -> ToEngine:
+    """The message with its deadline moved: each machine's clock counts from its own start."""
+    if isinstance(message, Job) and message.deadline is not None:
+        return msgspec.structs.replace(message, deadline=message.deadline + seconds)
+    return message
+
+
 def frame(message: ToEngine | FromEngine) -> bytes:
     """Length and body, ready to send."""
     body = _encoder.encode(message)

@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from flux_local.history import History
 from flux_local.messages import Ready
 from flux_local.metrics import Metrics
 from flux_local.store import Store
+from flux_local.supervisor import Engine, Guard, Hooks, Supervisor
 
 DRAIN_SECONDS = 60
 KEEP_ALIVE_SECONDS = 75
@@ -54,7 +55,6 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
     """
     folder = weights.find(settings.model)
     weights.verify(folder)
-    engine_options = settings.engine_options()
     model = weights.info(folder)
     store = Store(Path(settings.data_dir).expanduser(), settings.url_lifetime)
     listener = bind(settings.host, settings.port)
@@ -62,11 +62,8 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         pictures=settings.max_waiting,
         seconds=settings.max_wait,
         share=settings.key_share if len(settings.keys()) > 1 else 1.0,
-        patience=settings.engine_timeout,
-        max_falls=settings.engine_falls,
-        window=settings.engine_window,
     )
-    dispatcher = Dispatcher(folder, settings.device_list(), limits, engine_options)
+    dispatcher = Dispatcher(limits, engines(settings, folder))
     history = History(Path(settings.data_dir).expanduser(), settings.url_lifetime)
     decoder = SafeDecoder()
     has_checker = settings.safety_folder() is not None
@@ -119,6 +116,23 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         listener.close()
         history.close()
         store.close()
+
+
+def engines(settings: Settings, folder: Path) -> Callable[[Hooks], Sequence[Engine]]:
+    """Makes those that the settings ask for: on this machine's devices, or on a cluster's.
+
+    Raises:
+        StartError: there is no such cluster. SettingsError, WeightsError: what they are to have is not there.
+    """
+    guard = Guard(settings.engine_timeout, settings.engine_falls, settings.engine_window)
+    if settings.cluster:
+        try:
+            from flux_local import cluster
+        except ImportError as error:
+            raise SettingsError("A cluster wants Ray: pip install 'flux-local[cluster]'.") from error
+        return cluster.engines(settings, guard)
+    options = settings.engine_options()
+    return lambda hooks: [Supervisor(folder, device, guard, hooks, options) for device in settings.device_list()]
 
 
 class Protocol(H11Protocol):

@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from flux_local.errors import EngineDead, StartError
 from flux_local.messages import HEADER, Done, FromEngine, Ready, StartFailed, ToEngine, decode_from_engine, frame
@@ -47,52 +48,16 @@ class Fall:
     inside: bool
 
 
-class Supervisor:
-    """Keeps one engine process running on one device.
+class Engine(Protocol):
+    """An engine as a dispatcher sees it, wherever it runs.
 
-    Args:
-        patience: seconds that a phase of work may take before the engine counts as hung; more, where steps are long.
-        max_falls, window: so many falls in so many seconds without a finished picture, and it is given up.
-        options: more of the engine program's own.
-        busy: whether the engine owes anything; an idle engine's silence is no hang.
+    `ready`: what it said when it was, or None while it is not. `falls`: since the server's start, by cause: `inside` or
+    `outside`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        device: str,
-        patience: float,
-        max_falls: int,
-        window: float,
-        *,
-        options: Sequence[str] = (),
-        busy: Callable[[Supervisor], bool],
-        on_message: Callable[[Supervisor, FromEngine], None],
-        on_ready: Callable[[Supervisor], None],
-        on_fall: Callable[[Supervisor, Fall], None],
-    ) -> None:
-        self.folder = folder
-        self.device = device
-        self.patience = self.least_patience = patience
-        self.max_falls = max_falls
-        self.window = window
-        self.options = list(options)
-        self.busy = busy
-        self.on_message = on_message
-        self.on_ready = on_ready
-        self.on_fall = on_fall
-        self.ready: Ready | None = None
-        self.was_ready = False
-        self.process: subprocess.Popen[bytes] | None = None
-        self.sent = 0.0
-        self.falls: Counter[str] = Counter()
-        """Since the server's start, by cause: `inside` or `outside`."""
-        self._falls: deque[float] = deque()
-        self._writer: asyncio.StreamWriter | None = None
-        self._pulse: Pulse | None = None
-        self._hung = False
-        self._load_seconds = 0.0
-        self._load_limit = LOAD_LIMIT
+    device: str
+    ready: Ready | None
+    falls: Counter[str]
 
     async def run(self, started: asyncio.Future[Ready]) -> None:
         """Until cancelled, or until the engine is given up.
@@ -103,6 +68,65 @@ class Supervisor:
         Raises:
             EngineDead: too many falls.
         """
+
+    def send(self, message: ToEngine) -> None:
+        """Nothing happens if the engine is down."""
+
+    def in_hand(self) -> tuple[int, ...]:
+        """Serials of the jobs that the engine is known to be working on at this moment."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Whom an engine's life concerns. `busy`: whether it owes anything; an idle engine's silence is no hang."""
+
+    busy: Callable[[Engine], bool]
+    on_message: Callable[[Engine, FromEngine], None]
+    on_ready: Callable[[Engine], None]
+    on_fall: Callable[[Engine, Fall], None]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """When an engine is given up.
+
+    `patience`: seconds that a phase of work may take before it counts as hung; more, where steps are long. `max_falls`
+    in `window` seconds without a finished picture, and it is not started again.
+    """
+
+    patience: float
+    max_falls: int
+    window: float
+
+
+class Supervisor:
+    """Keeps one engine process running on one device of this machine.
+
+    Args:
+        options: more of the engine program's own.
+    """
+
+    def __init__(self, folder: Path, device: str, guard: Guard, hooks: Hooks, options: Sequence[str] = ()) -> None:
+        self.folder = folder
+        self.device = device
+        self.guard = guard
+        self.patience = guard.patience
+        self.options = list(options)
+        self.hooks = hooks
+        self.ready: Ready | None = None
+        self.was_ready = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self.sent = 0.0
+        self.falls: Counter[str] = Counter()
+        self._falls: deque[float] = deque()
+        self._writer: asyncio.StreamWriter | None = None
+        self._pulse: Pulse | None = None
+        self._hung = False
+        self._load_seconds = 0.0
+        self._load_limit = LOAD_LIMIT
+
+    async def run(self, started: asyncio.Future[Ready]) -> None:
+        """As `Engine.run`."""
         try:
             while True:
                 try:
@@ -123,13 +147,13 @@ class Supervisor:
             await self._kill()
 
     def send(self, message: ToEngine) -> None:
-        """Nothing happens if the engine is down."""
+        """As `Engine.send`."""
         if self._writer is not None:
             self.sent = time.monotonic()
             self._writer.write(frame(message))
 
     def in_hand(self) -> tuple[int, ...]:
-        """Serials of the jobs that the engine is working on at this moment."""
+        """As `Engine.in_hand`."""
         return () if self._pulse is None else self._pulse.read().serials
 
     async def _serve(self, reader: asyncio.StreamReader) -> None:
@@ -141,7 +165,7 @@ class Supervisor:
                     message = await self._receive(reader)
                     if isinstance(message, Done):
                         self._falls.clear()  # it falls now and then, but in between it works
-                    self.on_message(self, message)
+                    self.hooks.on_message(self, message)
         finally:
             watch.cancel()
         self.ready = None
@@ -153,7 +177,7 @@ class Supervisor:
         log.error("the engine on %s %s while in phase %s; starting another", self.device, why, state.phase.name)
         self._hang_up()
         self.falls["inside" if inside else "outside"] += 1
-        self.on_fall(self, Fall(state.serials, inside))
+        self.hooks.on_fall(self, Fall(state.serials, inside))
         await self._kill()
 
     async def _watch(self) -> None:
@@ -165,7 +189,7 @@ class Supervisor:
             if phase == Phase.IDLE:
                 # With work before it, idleness is a hang too; it begins with the latest message.
                 since = max(since, self.sent)
-            if self.busy(self) and time.monotonic() - since > self.patience:
+            if self.hooks.busy(self) and time.monotonic() - since > self.patience:
                 self._hung = True
                 self.ready = None
                 self.process.kill()
@@ -181,10 +205,10 @@ class Supervisor:
         """
         now = time.monotonic()
         self._falls.append(now)
-        window = max(self.window, 2 * self.max_falls * self._load_seconds)
+        window = max(self.guard.window, 2 * self.guard.max_falls * self._load_seconds)
         while now - self._falls[0] > window:
             self._falls.popleft()
-        if len(self._falls) >= self.max_falls:
+        if len(self._falls) >= self.guard.max_falls:
             raise EngineDead(
                 f"The engine on {self.device} fell {len(self._falls)} times in {window:.0f} s and is given up. "
                 "The log above says how; start the server again once that is mended."
@@ -223,8 +247,8 @@ class Supervisor:
             self.options += ["--memory", message.tier]
             self._load_limit = min(LOAD_LIMIT, max(RELOAD_LIMIT, RELOADS * self._load_seconds))
         self.ready, self.was_ready = message, True
-        self.patience = max(self.least_patience, HARD_WORK * message.step_seconds)
-        self.on_ready(self)
+        self.patience = max(self.guard.patience, HARD_WORK * message.step_seconds)
+        self.hooks.on_ready(self)
         return reader
 
     async def _spawn(self) -> asyncio.StreamReader:

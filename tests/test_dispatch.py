@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any, cast
 
 from flux_local.dispatch import Dispatcher, Limits
 from flux_local.messages import Cancel, Job, Step, ToEngine
 from flux_local.supervisor import Fall
 
-LIMITS = Limits(pictures=100, seconds=1e9, share=1.0, patience=60, max_falls=5, window=600)
+LIMITS = Limits(pictures=100, seconds=1e9, share=1.0)
 
 
 class Engine:
@@ -37,7 +36,7 @@ def job(number: int) -> Job:
 
 def test_an_engine_that_comes_back_takes_its_share() -> None:
     async def run() -> None:
-        dispatcher = Dispatcher(Path(), ["cpu", "cpu"], LIMITS)
+        dispatcher = Dispatcher(LIMITS, lambda hooks: [])
         fallen, other = Engine(True), Engine(True)
         dispatcher.engines = cast(list[Any], [fallen, other])
         drawing = [asyncio.create_task(dispatcher.draw(job(number))) for number in range(8)]
@@ -65,7 +64,7 @@ def test_an_engine_that_comes_back_takes_its_share() -> None:
 
 def test_what_waits_for_an_engine_is_given_out_in_order() -> None:
     async def run() -> None:
-        dispatcher = Dispatcher(Path(), ["cpu"], LIMITS)
+        dispatcher = Dispatcher(LIMITS, lambda hooks: [])
         engine = Engine(None)
         dispatcher.engines = cast(list[Any], [engine])
         drawing = [asyncio.create_task(dispatcher.draw(job(number))) for number in range(5)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from flux_local.messages import Cancel, Done, EngineChannel, Job, decode_from_engine, frame
+from flux_local.messages import Cancel, Done, EngineChannel, Job, decode_from_engine, frame, later
 
 JOB = Job("id", "a prompt ☃", 2**63 - 1, 128, 160, 12, 4.5)
 
@@ -53,3 +53,11 @@ def test_what_is_no_message_is_refused() -> None:
         decode_from_engine(b"\xc1")
     with pytest.raises(msgspec.ValidationError):
         decode_from_engine(msgspec.msgpack.encode({"type": "Job"}))
+
+
+def test_a_deadline_keeps_its_distance_on_another_machine_s_clock() -> None:
+    here, there = 100.0, 5000.0
+    job = msgspec.structs.replace(JOB, deadline=here + 30)
+    assert later(later(job, -here), there) == msgspec.structs.replace(JOB, deadline=there + 30)
+    assert later(JOB, there) is JOB
+    assert later(Cancel("id"), there) == Cancel("id")
