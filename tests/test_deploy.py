@@ -7,9 +7,10 @@ import json
 import re
 
 import httpx
+import yaml
 
 from flux_local import errors
-from flux_local.config import Settings
+from flux_local.config import PREFIX, Settings
 from tests.servers import ROOT, Server
 
 DEPLOY = ROOT / "deploy"
@@ -40,3 +41,16 @@ def test_the_unit_knows_exit_codes_and_settings() -> None:
     assert len(names) == 2
     assert (unit["Service"]["StateDirectoryMode"], unit["Service"]["UMask"]) == ("0700", "0077")
     assert {name.lower() for name in names} <= set(Settings.__struct_fields__)
+
+
+def test_the_container_knows_files_and_settings() -> None:
+    lines = (DEPLOY / "Dockerfile").read_text()
+    copied = [name for names in re.findall(r"^COPY (.+) \S+$", lines, re.MULTILINE) for name in names.split()]
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert set(copied) == let_in
+    assert all((ROOT / name).exists() for name in copied)
+    (service,) = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"].values()
+    names = {*re.findall(r"FLUX_LOCAL_([A-Z_]+)=", lines), *(n.removeprefix(PREFIX) for n in service["environment"])}
+    assert len(names) == 5
+    assert {name.lower() for name in names} <= set(Settings.__struct_fields__)
+    assert (ROOT / "deploy" / service["build"]["context"] / service["build"]["dockerfile"]).resolve().is_file()
