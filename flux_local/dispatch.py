@@ -332,7 +332,7 @@ class Dispatcher:
         if not isinstance(error, StartError):
             log.error("an engine's guardian failed", exc_info=error)
             error = EngineDead("An engine's guardian failed. The log above says how; start the server again.")
-        if not all(t.done() for t in self._running):
+        if self.started and not all(t.done() for t in self._running):
             log.error("%s", error.message)
             engine = self.engines[self._running.index(task)]
             self._on_fall(engine, Fall((), False))

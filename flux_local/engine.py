@@ -202,6 +202,9 @@ class Engine:
     def begin(self, drawing: Drawing) -> None:
         """Begins the job's picture, or fails the job."""
         self.enter(Phase.BEGIN, [drawing])
+        if drawing.job.check and self.checker is None:  # nothing is given out unseen because an engine was set up wrong
+            self.end_with(drawing, InternalError("The engine has no safety checker. Ask the server's operator."))
+            return
         started = time.monotonic()
         try:
             drawing.picture = begin_picture(self.pipeline, drawing.job, self.prompts)

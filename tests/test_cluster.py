@@ -13,10 +13,12 @@ import httpx
 import psutil
 import pytest
 
+from flux_local.config import Settings
 from tests.servers import ROOT, Server, environment, eventually, pictures, running, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-BODY = {"prompt": "a red star on a blue background", "size": "128x128", "response_format": "b64_json"}
+# 192x192: pictures of more than 100 KB go through Ray's object stores, smaller ones with the call itself.
+BODY = {"prompt": "a red star on a blue background", "size": "192x192", "response_format": "b64_json"}
 
 
 class Cluster:
@@ -162,6 +164,22 @@ def test_more_gpus_than_there_are(cluster: Cluster, tmp_path: Path) -> None:
     with started(tmp_path, "--cluster", cluster.address, "--devices", "cuda,cuda") as server:
         assert server.process.wait(60) == 2
         assert "The cluster has 0 GPUs" in server.output
+
+
+def test_settings_mean_the_same_in_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flux_local.cluster import for_others
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checker").mkdir()
+    (tmp_path / "checker" / "config.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    settings = Settings(model="model", safety_model="checker", api_keys="secret", cluster="auto")
+    passed_on = for_others(settings)
+    assert passed_on["model"] == str(tmp_path / "model")
+    assert (passed_on["safety_checker"], passed_on["safety_model"]) == ("on", str(tmp_path / "checker"))
+    assert "secret" not in str(passed_on)
+    assert for_others(Settings(safety_model="none"))["safety_checker"] == "off"
+    assert for_others(Settings())["model"] == "flux-krea-mini", "a name is looked for there"
 
 
 def test_without_ray(tmp_path: Path) -> None:

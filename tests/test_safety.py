@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
+from flux_local.engine import Engine
+from flux_local.messages import HEADER, EngineChannel, Failed, Job, decode_from_engine
+from flux_local.pulse import Pulse
 from tests.servers import ROOT, Server, pictures, running, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -92,3 +96,15 @@ def test_a_checker_that_is_none_prevents_the_start(classifier: Path, tmp_path: P
     with started(tmp_path, *flags) as server:
         assert server.process.wait(timeout=60) == 4
         assert ("normal, nsfw" if labels else "no classifier") in server.output
+
+
+def test_an_engine_without_a_checker_gives_nothing_out_that_was_to_be_checked(pipeline: Any) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        engine = Engine(pipeline, EngineChannel(theirs), Pulse(), 1e-4)
+        engine.accept(Job("r-1", "a red star", 0, 128, 128, 1, 4.5, check=True))
+        engine.turn()
+        (length,) = HEADER.unpack(ours.recv(HEADER.size))
+        told = decode_from_engine(ours.recv(length))
+    assert isinstance(told, Failed)
+    assert "safety checker" in told.message
