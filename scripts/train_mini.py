@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=ROOT / "weights" / "flux-krea-mini", help="the model folder")
     p.add_argument("--work", type=Path, default=ROOT / ".train", help="checkpoints and the log (default .train)")
     p.add_argument(
-        "--world", choices=("first", "whole"), default="first", help="what it learns to draw (default first)"
+        "--world", choices=("first", "whole"), default="whole", help="what it learns to draw (default whole)"
     )
     p.add_argument("--begin", type=Path, metavar="FOLDER", help="go on from a model folder's weights")
     p.add_argument("--known", action="store_true", help="its autoencoder and text encoders stay; only other canvases")

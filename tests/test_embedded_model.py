@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from mini.drawings import WORLDS, World, draw, held_out, random_scene
-from mini.evaluate import paint, questions, share
+from mini.evaluate import kinds, paint, questions, share
 from mini.judge import judge
 
 from flux_local.params import ModelInfo
@@ -64,6 +64,25 @@ def test_it_draws_what_prompts_say(
     asked = questions(SAMPLE, things, width, height)
     pictures = paint(pipeline, [q.prompt for q in asked], width, height, mini.default_steps)
     verdicts = [judge(p, q.scene, q.mentions_size) for p, q in zip(pictures, asked, strict=True)]
+    right = {part: share(verdicts, part) for part in bounds}
+    assert all(right[part] >= bound for part, bound in bounds.items()), right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "bounds"),
+    [
+        ("one", {"background": 95, "colour": 95, "size": 94, "shape": 93}),
+        ("two", {"background": 95, "relation": 88}),
+        ("three", {"background": 95, "relation": 70}),
+        ("placed", {"background": 95, "place": 95, "shape": 82}),
+        ("patterned", {"background": 78, "shape": 82}),
+    ],
+)
+def test_it_draws_the_whole_world(pipeline: Any, mini: ModelInfo, kind: str, bounds: dict[str, float]) -> None:
+    asked = kinds(5 * SAMPLE, 192, 192, WORLDS["whole"])[kind]
+    pictures = paint(pipeline, [q.prompt for q in asked], 192, 192, mini.default_steps)
+    verdicts = [judge(p, q.scene, q.mentions_size, WORLDS["whole"]) for p, q in zip(pictures, asked, strict=True)]
     right = {part: share(verdicts, part) for part in bounds}
     assert all(right[part] >= bound for part, bound in bounds.items()), right
 

@@ -28,7 +28,8 @@ from tests.servers import ROOT
 @pytest.mark.timeout(600)
 def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     folder, work = tmp_path / "model", tmp_path / "work"
-    command = [sys.executable, ROOT / "scripts" / "train_mini.py", "--out", folder, "--work", work]
+    command = [sys.executable, ROOT / "scripts" / "train_mini.py", "--out", folder, "--work", work,
+               "--world", "first"]  # fmt: skip
 
     def run(*flags: str) -> str:
         done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=500)

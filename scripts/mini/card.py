@@ -60,28 +60,29 @@ The autoencoder gives drawings back at {psnr}.
 
 ## How it was trained
 
-By `scripts/train_mini.py --world {world}` with seed 0, from drawings that the script makes itself, on two CPU cores
+By `scripts/train_mini.py` with seed 0, from drawings that the script makes itself, on two CPU cores
 (Zen 5, bf16):
 
 {stages}
 
 The autoencoder's encoder is written down, not trained: its sixteen channels are moments of 8×8 blocks. Its decoder is
 trained under noise. Two fifths of the transformer's noise levels are from 0.9 to 1, where the prompt alone decides
-what is drawn. Below a noise level of 0.95 some prompts are another picture's, so that a picture is believed more than
-the prompt where it can be told: that is what lets an edit keep a part of it. Classifier-free guidance is distilled
+what is drawn. Below a noise level of {untold} some prompts are another picture's, so that a picture is believed more
+than the prompt where it can be told: that is what lets an edit keep a part of it. Classifier-free guidance is distilled
 into the guidance embedding. Then the model practises: it draws prompts in 4 to 20 steps, each drawing is mended to what
 the prompt says (where its things stand, as large as they are), and at every step of the way it learns the velocity that
 leads there. The committed weights are a running average. Words that no sentence of the training uses have the embedding
 of one that means the same, or of one that means nothing to a drawing.
 
-They came about in several goes: 5,000 steps at 128², 2,500 at eighteen canvases up to 192² (too few to learn those),
-3,500 and 2,500 more at 128²; then, begun from those (`--begin FOLDER --known`), 4,000 at the nine canvases, cut off
-there to draw things larger, and {last:,} with that, a third of them at 128²; and practice (`--only-practice`): 9,700
-steps in 4, 8 and 16 steps alone, which made other numbers of steps worse, then in any number, and at last over all
-canvases. They have three heads and a schedule shifted by 1.7 to 2.1; the script makes four now, shifted by 1.0 to 1.3,
-with more training where little noise is left. From nothing, the script trains 9,000 steps at 128², {last:,} at the nine
-canvases of that area that the size table's ratios come to, and practises for {practice:,} over all of them; the
-committed weights were not made by that one command.
+They came about in several goes: first a narrower model (three heads of 48 channels) of a smaller world, with eight
+colours, six shapes, two sizes and two objects at most; then, begun from that (`--world whole --begin FOLDER`), the
+decoder and the encoders on all of it, the transformer widened to four heads, guidance, and practice. After that its
+things were still too small for what it could outline, and it took hexagons for circles: the hourglass took the
+hexagon's place, what has a place or stands in a row became larger, and it practised again (`--only-practice`). One
+picture in a hundred then went astray at a noise level of 0.9, where it believed what it saw more than the prompt: with
+twelve colours that is too early, and so the last of the practice. From nothing, the script trains 9,000 steps at 128²,
+{last:,} at the nine canvases of that area that the size table's ratios come to, and practises for {practice:,} over all
+of them; the committed weights were not made by that one command.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """
@@ -148,11 +149,11 @@ def write(folder: Path, parameters: dict[str, int], psnr: dict[int, float], t5: 
             placed=" or at its place" if world.places else "",
             unread="" if world.words else ' ("on top of" is one that it does not yet understand)',
             relations=", ".join([*RELATIONS, *(ROWS if world.most > 2 else ())]),
-            world=world.name,
             t5=t5,
             measured=measured(results),
             psnr=", ".join(f"{value:.1f} dB PSNR at {side}²" for side, value in psnr.items()),
             stages=known.read_text().strip() if (known := folder / TRAINING).is_file() else "- not recorded",
+            untold=flow.UNTOLD,
             last=flow.PHASES[-1].steps,
             practice=practice.STEPS,
             parameters=", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items()),

@@ -33,29 +33,29 @@ COLOURS: dict[str, Rgb] = {
     "cyan": (48, 190, 196),
     "grey": (142, 142, 146),
 }
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "arrow", "moon", "hexagon")
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "arrow", "moon", "hourglass")
 RELATIONS = {"left of": "horizontal", "right of": "horizontal", "above": "vertical", "below": "vertical"}
 BACKWARDS = ("right of", "below")  # the relations that name the second place first
 ROWS = {"from left to right": "horizontal", "from top to bottom": "vertical"}  # of three things
 PATTERNS = ("plain", "striped", "gradient")  # bands of two colours; from one at the top to another at the bottom
 BANDS = 8
 PLACES: dict[str, tuple[float, float]] = {
-    "top left corner": (0.24, 0.24),
-    "top right corner": (0.76, 0.24),
-    "bottom left corner": (0.24, 0.76),
-    "bottom right corner": (0.76, 0.76),
-    "top": (0.5, 0.24),
-    "bottom": (0.5, 0.76),
-    "left": (0.24, 0.5),
-    "right": (0.76, 0.5),
+    "top left corner": (0.26, 0.26),
+    "top right corner": (0.74, 0.26),
+    "bottom left corner": (0.26, 0.74),
+    "bottom right corner": (0.74, 0.74),
+    "top": (0.5, 0.26),
+    "bottom": (0.5, 0.74),
+    "left": (0.26, 0.5),
+    "right": (0.74, 0.5),
 }
 
 # Radii as a fraction of the picture's `unit`, by how many things there are; `placed` is one away from the middle.
 RADII = {
     "single": {"small": (0.14, 0.16), "medium": (0.22, 0.24), "large": (0.31, 0.34)},
-    "placed": {"small": (0.09, 0.1), "medium": (0.135, 0.145), "large": (0.18, 0.2)},
+    "placed": {"small": (0.13, 0.14), "medium": (0.165, 0.175), "large": (0.205, 0.215)},
     "pair": {"small": (0.14, 0.15), "medium": (0.17, 0.18), "large": (0.205, 0.225)},
-    "three": {"small": (0.08, 0.09), "medium": (0.105, 0.115), "large": (0.135, 0.15)},
+    "three": {"small": (0.11, 0.115), "medium": (0.125, 0.13), "large": (0.14, 0.15)},
 }
 # Where things stand in order along the picture, and how far a thing may be off there and across.
 MIDDLES = {1: (0.5,), 2: (0.265, 0.735), 3: (1 / 6, 0.5, 5 / 6)}
@@ -201,8 +201,8 @@ def outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, flo
                 [(math.cos(a), math.sin(a)) for a in outer]
                 + [(middle + inner * math.cos(a), inner * math.sin(a)) for a in back]
             )
-        case "hexagon":
-            return around([(math.pi * (2 * i + 1) / 6, 1.0) for i in range(6)])
+        case "hourglass":
+            return scaled([(-0.85, -1.0), (0.85, -1.0), (0.14, 0.0), (0.85, 1.0), (-0.85, 1.0), (-0.14, 0.0)])
     raise ValueError(f"no such shape: {shape}")
 
 

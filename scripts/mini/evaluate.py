@@ -134,7 +134,7 @@ def kinds(
 
 
 def sheet(
-    pipeline: Pipeline, path: Path, steps: int, side: int = 128, columns: int = 6, rows: int = 2, world: World = FIRST
+    pipeline: Pipeline, path: Path, steps: int, side: int = 128, columns: int = 5, rows: int = 2, world: World = FIRST
 ) -> None:
     """Writes pictures of held-out prompts with the prompts under them."""
     asked = [q for chosen in kinds(columns * rows, side, side, world, seed=7).values() for q in chosen]

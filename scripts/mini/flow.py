@@ -41,7 +41,7 @@ HEADS = 4  # of 48 channels each
 DROPPED_PROMPTS = 0.1  # trained with the empty prompt, so that classifier-free guidance means something
 # Trained with another picture's prompt: none above the first noise level, FALSE_PROMPTS of those below the second.
 # A picture that can be told is then believed more than the prompt, which is what lets an edit keep a part of it.
-UNTOLD, TOLD, FALSE_PROMPTS = 0.95, 0.85, 0.3
+UNTOLD, TOLD, FALSE_PROMPTS = 0.85, 0.7, 0.3
 
 CANVAS = CanvasRange(60 * GRID**2, 144 * GRID**2)
 # Each of the size table's eleven ratios is drawn on the square or on one of the next eight, or on a larger one.

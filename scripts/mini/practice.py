@@ -56,11 +56,11 @@ STEPS = 8500
 BATCH = 48
 RATE = 0.4  # of the peak rates of the stage of drawings
 AVERAGE = 0.998
-CANVASES: list[tuple[int, int]] = [*flow.ALL_SHAPES, *2 * (flow.SQUARE, *flow.OTHER_SHAPES), *4 * flow.LARGEST_SHAPES]
+CANVASES: list[tuple[int, int]] = [*flow.ALL_SHAPES, *2 * (flow.SQUARE, *flow.OTHER_SHAPES), *8 * flow.LARGEST_SHAPES]
 random.Random(0).shuffle(CANVASES)
 DRAWN_IN = (4, 20)  # steps of a drawing, any number between: what is practised at a few noise levels acts there alone
 AT_A_TIME = 4  # batches of drawings, each over another canvas
-CROWDED = 0.3  # share of drawings that have as many things as there can be, beside those by chance
+CROWDED = 0.3  # share of drawings that have several things, beside those by chance
 EDITS = 0.25  # share of the practice that begins with another's picture under noise, as image to image does
 FALSE_PROMPTS = 0.6  # of those and of the stages before; at 0.85 edits keep more, and all else is less sure
 GUIDANCE = (3.0, 10.0)  # half of the practice is at the usual value, the other half between these
@@ -214,7 +214,7 @@ def lessons(run: Run, painter: flow.Painter, vae: AutoencoderKL, turn: int) -> l
     found = []
     for index in range(AT_A_TIME):
         canvas = width, height = CANVASES[(turn * AT_A_TIME + index) % len(CANVASES)]
-        counts = [run.world.most if rng.random() < CROWDED else None for _ in range(BATCH)]
+        counts = [rng.randint(2, run.world.most) if rng.random() < CROWDED else None for _ in range(BATCH)]
         scenes = [random_scene(rng, width, height, count, run.world) for count in counts]
         wordings = [describe(scene, rng, run.world) for scene in scenes]
         prompts = [wording.text for wording in wordings]
