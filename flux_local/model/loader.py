@@ -189,6 +189,8 @@ def load(
     checkpoint = identify(model) if isinstance(model, Path) else model
     if (index := torch.device(device).index) is not None:
         torch.cuda.set_device(index)  # Triton, streams and graphs take the current one
+    if device == "cpu":
+        memory.keep_freed()
     import_libraries()
     dtype = dtype_of(device)
     with translated(checkpoint.path):

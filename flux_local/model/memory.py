@@ -5,6 +5,8 @@ The plan is arithmetic over the model's sizes, the free memory and what is asked
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import math
 from collections.abc import Sequence
@@ -56,6 +58,11 @@ SMALLEST_DECODE = 1 << 20
 """Pixels that have to be decoded in one piece; above, tiles will do."""
 TILE_STEP = 1 << 19
 """Pixels by which that grows with the room there is: few values, so that starts alike decode alike."""
+KEPT = 256 << 20
+"""Bytes that a process which computes on the CPU keeps of what it has freed: more than a small model's work."""
+MALLOPT_TRIM, MALLOPT_MMAP = -1, -3
+LARGEST_MMAP = 32 << 20
+"""The most that glibc takes for M_MMAP_THRESHOLD on 64 bits."""
 SPARE = 1_000_000_000
 """Bytes for the libraries' workspaces, the cache of prompts and the allocator's slack."""
 
@@ -339,8 +346,22 @@ def host_memory(name: str) -> int:
     raise KeyError(name)
 
 
+def keep_freed() -> None:
+    """Has glibc keep the memory of a layer's results for the next layer's. By itself it gives megabytes back to the
+    kernel at every layer, which brings them page by page again, and zeroed: a twentieth of a small picture's time.
+
+    Sets M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, mallopt(3). Nothing where the C library has no such call.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        c = ctypes.CDLL(None)
+        c.mallopt(MALLOPT_TRIM, KEPT)
+        c.mallopt(MALLOPT_MMAP, LARGEST_MMAP)
+
+
 def free() -> None:
-    """Gives back what nothing holds any more, the allocator's own reserve too."""
+    """Gives back what nothing holds any more, the allocators' own reserves too."""
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
