@@ -65,8 +65,9 @@ def main() -> None:
     options = parser.parse_args()
 
     from diffusers import FluxTransformer2DModel
-    from mini.drawings import describe, draw, random_scene
+    from mini.drawings import draw, random_scene
     from mini.flow import random_sigmas
+    from mini.sentences import describe
     from rich.progress import track
     from safetensors.torch import save_file
 

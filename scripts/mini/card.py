@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import flow, practice
-from .drawings import OTHER_NAMES, RELATIONS, ROWS, WORLDS
+from .drawings import RELATIONS, ROWS, WORLDS
+from .sentences import OTHER_NAMES
 
 TRAINING = "training.md"
 MORE = (

@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 
 from flux_local.model.loader import Pipeline
 
-from .drawings import FIRST, PATTERNS, Scene, World, describe, random_scene
+from .drawings import FIRST, PATTERNS, Scene, World, random_scene
 from .judge import Verdict, judge
+from .sentences import describe
 
 BATCH = 4
 

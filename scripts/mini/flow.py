@@ -24,8 +24,9 @@ from flux_local.model.latents import pack, position_ids
 from flux_local.sizes import GRID, RATIOS, CanvasRange, canvas_for
 
 from . import reading
-from .drawings import Scene, World, describe, random_scene
+from .drawings import Scene, World, random_scene
 from .run import Run
+from .sentences import describe
 from .text import T5_LENGTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 from .vae import rendered
 from .widen import widened

@@ -41,7 +41,6 @@ from .drawings import (
     Scene,
     Thing,
     World,
-    describe,
     group,
     held_out,
     middle_of,
@@ -50,6 +49,7 @@ from .drawings import (
     unit,
 )
 from .run import Run
+from .sentences import describe
 from .vae import CHANNELS, COLOUR_AXES, MEASURED, WANTED
 
 STEPS = 8500

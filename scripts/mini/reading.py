@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .drawings import BACKWARDS, FIRST, PLACES, RELATIONS, ROWS, Scene, Wording, World, describe, random_scene
+from .drawings import BACKWARDS, FIRST, PLACES, RELATIONS, ROWS, Scene, World, random_scene
 from .run import Run
+from .sentences import Wording, describe
 
 STEPS = 1200
 BATCH = 192

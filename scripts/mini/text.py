@@ -18,7 +18,8 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from .drawings import COLOURS, IDLE, OTHER_NAMES, SHAPES, WHOLE, World, describe, random_scene
+from .drawings import COLOURS, SHAPES, WHOLE, World, random_scene
+from .sentences import IDLE, OTHER_NAMES, describe
 
 T5_LENGTH = 32
 CLIP_LENGTH = 77
