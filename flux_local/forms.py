@@ -31,7 +31,7 @@ def form_value(kind: Kind, text: str) -> Any:
     match kind:
         case "integer" if re.fullmatch(r"-?[0-9]{1,20}(\.0{1,20})?", text):
             return int(text.partition(".")[0])
-        case "number" if re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE]-?[0-9]{1,2})?", text):
+        case "number" if re.fullmatch(r"-?([0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})([eE][-+]?[0-9]{1,2})?", text):
             return float(text)
         case "boolean" if text.lower() in YES:
             return True

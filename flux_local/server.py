@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import h11
+import msgspec
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flux_local import weights
-from flux_local.api.app import create_app
+from flux_local.api.answers import error_body
+from flux_local.api.app import create_app, new_request_id
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services
 from flux_local.config import Settings
 from flux_local.decoder import SafeDecoder
 from flux_local.dispatch import Dispatcher, Limits
-from flux_local.errors import AlreadyTaken, SettingsError
+from flux_local.errors import AlreadyTaken, InvalidValue, SettingsError
 from flux_local.history import History
 from flux_local.messages import Ready
 from flux_local.metrics import Metrics
@@ -152,6 +154,19 @@ class Protocol(H11Protocol):
             self.forget()
         elif self.head is None:
             self.head = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def send_400_response(self, msg: str) -> None:
+        """For what is no HTTP, in the form of all errors; it reaches no route."""
+        error = InvalidValue("This is not HTTP/1.1. Mend the request's line, headers or chunks.")
+        headers = [("content-type", "application/json"), ("connection", "close"), ("x-request-id", new_request_id())]
+        events: list[h11.Event] = [
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=msgspec.json.encode(error_body(error))),
+            h11.EndOfMessage(),
+        ]
+        for event in events:
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.forget()

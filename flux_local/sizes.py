@@ -181,7 +181,7 @@ def delivered_size(
     """The pixels of the answer. `size` as `WxH` wins, then ratio and tier; what is not given is 1:1 at 1K.
 
     Raises:
-        InvalidValue: a malformed value, named in `param`.
+        InvalidValue: a malformed value, named in `param`, or a `size` that is another ratio than `aspect_ratio`.
     """
     asked = parse_size(size) if size is not None else None
     ratio = parse_ratio(aspect_ratio) if aspect_ratio is not None else 1.0
@@ -189,7 +189,10 @@ def delivered_size(
     if isinstance(asked, Size):
         return clamp(asked, max_pixels)
     if isinstance(asked, str):
-        ratio = parse_ratio(asked, param="size")
+        own = parse_ratio(asked, param="size")
+        if aspect_ratio is not None and nearest_ratio(own) != nearest_ratio(ratio):
+            raise InvalidValue("'size' and 'aspect_ratio' are different ratios; send one of them.", param="size")
+        ratio = own
     return clamp(table_size(nearest_ratio(ratio), nearest_tier(area)), max_pixels)
 
 

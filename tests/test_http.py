@@ -294,6 +294,17 @@ def test_live_and_ready(server: Server) -> None:
     assert (ready["model"], ready["device"], ready["precision"]) == ("flux-krea-mini", "cpu", "fp32")
 
 
+def test_what_is_no_http_is_told_so_in_the_form_of_all_errors(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nno colon here\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert re.search(rb"x-request-id: req_[0-9a-f]{24}", head)
+    assert json.loads(body)["error"]["code"] == "invalid_value"
+
+
 @pytest.mark.slow
 def test_a_connection_that_says_nothing_is_closed(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")

@@ -166,10 +166,11 @@ def test_adapters_by_either_form() -> None:
 
 def test_forms_mean_what_json_says() -> None:
     fields = {"prompt": "", "n": "2", "strength": "0.7", "go_fast": "false", "stream": "TRUE", "seed": "",
-              "size": "1x1", "loras": "[]", "cfg_scale": "3", "other": "x", "steps": "many"}  # fmt: skip
+              "size": "1x1", "loras": "[]", "cfg_scale": "3", "other": "x", "steps": "many",
+              "true_cfg_scale": "2e+0", "lora_scale": ".5"}  # fmt: skip
     assert from_form(fields) == {
         "prompt": "", "n": 2, "strength": 0.7, "go_fast": False, "stream": True, "size": "1x1", "loras": [],
-        "cfg_scale": 3.0, "other": "x", "steps": "many",
+        "cfg_scale": 3.0, "other": "x", "steps": "many", "true_cfg_scale": 2.0, "lora_scale": 0.5,
     }  # fmt: skip
 
 

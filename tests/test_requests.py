@@ -48,6 +48,12 @@ def test_accepted_at_once_and_done_later(server: Server) -> None:
     assert httpx.get(entry["response"]["data"][0]["url"]).headers["content-type"] == "image/png"
 
 
+def test_preferences_may_be_several_headers(server: Server) -> None:
+    answer = server.post(BODY, headers=[("prefer", "wait=5"), ("prefer", "Respond-Async; x=1")])
+    assert answer.status_code == 202
+    eventually(lambda: status(answer.headers["location"]) == "succeeded")
+
+
 def test_the_same_picture_as_a_plain_request(server: Server) -> None:
     plain = server.post({**BODY, "response_format": "b64_json"}).json()["data"]
     location = server.post({**BODY, "response_format": "b64_json"}, headers=ASYNC).headers["location"]

@@ -35,7 +35,9 @@ def test_the_table(row: str) -> None:
 
 def test_priority() -> None:
     assert delivered_size("640x480", "16:9", "0.5K") == (640, 480)
-    assert delivered_size("4:3", "16:9", "1K") == (1183, 887)
+    assert delivered_size("4:3", "1.34:1", "1K") == (1183, 887)
+    with pytest.raises(InvalidValue, match="'size' and 'aspect_ratio'"):
+        delivered_size("4:3", "16:9")
     assert delivered_size("auto", "16:9", "1K") == (1365, 768)
     assert delivered_size(None, "16:9") == (1365, 768)
     assert delivered_size(None, None, "0.5K") == (512, 512)

@@ -93,6 +93,10 @@ class HeadAsGet:
         await self.app(scope, receive, send)
 
 
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
+
+
 class RequestLog:
     """Gives each request an id of ours, returns it as `x-request-id`, and writes one line when it has ended."""
 
@@ -104,7 +108,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope["request_id"] = request_id = f"req_{secrets.token_hex(12)}"
+        scope["request_id"] = request_id = new_request_id()
         started = time.monotonic()
         status = 0
 

@@ -48,7 +48,7 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
                 raise InvalidValue(f"'{name}' does not go with an 'Idempotency-Key'; leave one out.", param=name)
         fingerprint = ""
         if HEADER in request.headers:
-            fingerprint = await asyncio.to_thread(fingerprint_of, raw, source, request.headers.get("prefer", ""))
+            fingerprint = await asyncio.to_thread(fingerprint_of, raw, source, preferences(request))
         if source is not None:  # as large as it will be used: what waits is kept in memory
             source = await asyncio.to_thread(source.at, params.delivered)
         work = work_of(services, request, params, source)
@@ -91,11 +91,14 @@ def work_of(services: Services, request: Request, params: GenerationParams, sour
     )
 
 
+def preferences(request: Request) -> str:
+    """All `Prefer` headers as one, which is the same (RFC 7240, section 2)."""
+    return ",".join(request.headers.getlist("prefer"))
+
+
 async def answer(request: Request, requests: Requests, route: Route, work: Work) -> Response:
     """Now, as a stream, or a promise: whatever the client asked for."""
-    prefers = request.headers.get("prefer", "").lower()
-    later = "respond-async" in (part.split(";")[0].strip() for part in prefers.split(","))
-    if later:
+    if "respond-async" in (part.split(";")[0].strip() for part in preferences(request).lower().split(",")):
         if work.params.stream or work.params.sync_mode:
             name = "stream" if work.params.stream else "sync_mode"
             raise InvalidValue(f"'{name}' does not go with 'Prefer: respond-async'; leave one out.", param=name)

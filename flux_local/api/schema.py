@@ -140,6 +140,19 @@ LORA = {
 }
 
 
+IMAGES_GIVEN = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["image_url"],
+        "properties": {"image_url": {"type": "string", "format": "image-data-url"}},
+    },
+    "description": "`image`, as an object.",
+}
+
+
 def answers(schema: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
     """What a route may answer: this schema, or without one the pictures, now, streamed or promised; and errors."""
     if schema is not None:
@@ -214,6 +227,9 @@ def image_body(route: Route, model: ModelInfo) -> dict[str, Any]:
                 "format": "image-data-url",
                 "description": "A data URL with base64.",
             }
+    in_json["properties"]["images"] = IMAGES_GIVEN
+    in_json["required"].remove("image")
+    in_json["oneOf"] = [{"required": ["image"]}, {"required": ["images"]}]
     content = {
         "multipart/form-data": {"schema": for_form(object_of(route, model))},
         "application/json": {"schema": in_json},
