@@ -10,12 +10,17 @@ import mmap
 import os
 import struct
 import time
+import zlib
 from enum import IntEnum
 from typing import NamedTuple
 
 MOST = 16
 """Jobs of a batch that the page has room for."""
 RECORD = struct.Struct(f"<dBB6x{MOST}Q")
+SUM = struct.Struct("<I")
+SLOT = RECORD.size + SUM.size
+"""The page's first byte says which of two slots behind it has the latest state; the other may be half written."""
+LOOKS = 100
 
 
 class Phase(IntEnum):
@@ -52,7 +57,10 @@ class Pulse:
     def enter(self, phase: Phase, serials: tuple[int, ...] = ()) -> None:
         serials = serials[:MOST]
         padded = serials + (0,) * (MOST - len(serials))
-        RECORD.pack_into(self._page, 0, time.monotonic(), phase, len(serials), *padded)
+        record = RECORD.pack(time.monotonic(), phase, len(serials), *padded)
+        other = 1 - self._page[0]
+        self._page[1 + other * SLOT : 1 + (other + 1) * SLOT] = record + SUM.pack(zlib.crc32(record))
+        self._page[0] = other
 
     def renew(self) -> None:
         """The phase goes on, and lives: its time begins anew."""
@@ -60,7 +68,13 @@ class Pulse:
         self.enter(state.phase, state.serials)
 
     def read(self) -> State:
-        since, phase, count, *serials = RECORD.unpack_from(self._page, 0)
+        for _ in range(LOOKS):  # a writer may come round to the slot while it is being read
+            latest = self._page[0]
+            found = self._page[1 + latest * SLOT : 1 + (latest + 1) * SLOT]
+            record = found[: RECORD.size]
+            if SUM.pack(zlib.crc32(record)) == found[RECORD.size :]:
+                break
+        since, phase, count, *serials = RECORD.unpack(record)
         return State(Phase(phase), since, tuple(serials[:count]))
 
     def close(self) -> None:
