@@ -14,6 +14,7 @@ import resource
 import struct
 import sys
 import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Literal
 
 from flux_local.errors import InternalError, InvalidImage
@@ -29,6 +30,7 @@ HEADER = struct.Struct("<BII")
 OK, BAD, LARGE, NO_ALPHA = range(4)
 
 Purpose = Literal["image", "mask"]
+Decode = Callable[[bytes, Purpose], Awaitable[tuple[int, int, bytes]]]
 
 WORDS = {
     BAD: "This is no PNG, JPEG or WebP picture that can be read. Check the file, or save it again as PNG.",
@@ -38,11 +40,18 @@ WORDS = {
 
 
 class SafeDecoder:
-    """Gives each upload a fresh process; never more than a few at once."""
+    """Gives each upload a fresh process; never more than a few at once, if they are decoded in turn."""
 
     def __init__(self, at_once: int = 4) -> None:
         self._spare: asyncio.Task[asyncio.subprocess.Process] | None = None
         self._slots = asyncio.Semaphore(at_once)
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[Decode]:
+        """Waits for one of a few turns, and gives `decode`. A turn is to last until what was decoded is small again: a
+        hundred kilobytes may become a hundred megabytes."""
+        async with self._slots:
+            yield self.decode
 
     async def decode(self, data: bytes, purpose: Purpose) -> tuple[int, int, bytes]:
         """Width, height and rows: RGB for an image; a byte a pixel, 255 where to repaint, for a mask.
@@ -51,16 +60,15 @@ class SafeDecoder:
             InvalidImage: not a picture, too large, a mask without alpha, or one that the decoder died of.
             InternalError: no process could be started.
         """
-        async with self._slots:
-            process = await self._take()
-            try:
-                async with asyncio.timeout(2 * CPU_SECONDS):
-                    out, _ = await process.communicate(purpose[:1].encode() + data)
-            except TimeoutError:
-                out = b""
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+        process = await self._take()
+        try:
+            async with asyncio.timeout(2 * CPU_SECONDS):
+                out, _ = await process.communicate(purpose[:1].encode() + data)
+        except TimeoutError:
+            out = b""
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         status, width, height = HEADER.unpack_from(out) if len(out) >= HEADER.size else (BAD, 0, 0)
         return checked((status, width, height, out[HEADER.size :]), purpose)
 

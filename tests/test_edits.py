@@ -8,6 +8,7 @@ import concurrent.futures
 import errno
 import io
 import warnings
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +23,7 @@ from flux_local.decoder import SafeDecoder
 from flux_local.errors import InternalError
 from flux_local.params import ModelInfo, generation_params
 from flux_local.sizes import Size
-from tests.servers import Server, pictures
+from tests.servers import Server, pictures, running
 
 SIDE = 192
 SCENE = Scene("yellow", (Thing("blue", "circle", "large", (0.5, 0.5), 0.33),))
@@ -237,6 +238,20 @@ def test_edits_at_once_each_get_their_own(server: Server) -> None:
     assert found == [ImageColor.getrgb(colour) for colour in colours]
 
 
+@pytest.mark.slow
+def test_large_pictures_at_once_have_only_so_much_memory(tmp_path: Path) -> None:
+    """Forty of 12 megapixels with masks, 50 kilobytes each as files: as many are in memory as are being decoded."""
+    large = saved(Image.new("RGB", (4000, 3000), "red"))
+    mask = {"mask": saved(Image.new("RGBA", (4000, 3000), (0, 0, 0, 0)))}
+    with running(tmp_path) as server:
+        with concurrent.futures.ThreadPoolExecutor(40) as pool:
+            sent = [pool.submit(edited, server, large, mask, strength="0", size="128x128") for _ in range(40)]
+            assert {answer.result().status_code for answer in sent} == {200}
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+    peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    assert peak < 1_000_000, f"{peak} kB"
+
+
 def test_a_decoder_that_cannot_be_started_costs_one_request(
     drawing: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +281,15 @@ class TestForms:
     def test_multipart_names(self, server: Server, drawing: Image.Image, name: str) -> None:
         data = {"prompt": "x", "n": "1", "steps": "1", "response_format": "b64_json", "go_fast": "false"}
         self.check(httpx.post(server.url + EDITS, files={name: ("a.png", saved(drawing))}, data=data))
+
+    def test_a_file_that_nobody_reads_is_told(self, server: Server, drawing: Image.Image) -> None:
+        answer = edited(server, saved(drawing), {"markup": saved(drawing)}, steps="1")
+        self.check(answer)
+        assert answer.headers["x-flux-ignored-params"] == "markup"
+
+    def test_a_data_url_in_a_field(self, server: Server, drawing: Image.Image) -> None:
+        data = {"prompt": "x", "steps": "1", "response_format": "b64_json", "image": data_url(drawing)}
+        self.check(httpx.post(server.url + EDITS, files={"nothing": b""}, data=data))
 
     def test_the_clients_list_of_one(self, server: Server, drawing: Image.Image) -> None:
         with server.client() as client:

@@ -41,7 +41,10 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
         services.precision(params)
         return params
 
-    async def once(request: Request, route: Route, raw: dict[str, Any], source: Source | None = None) -> Response:
+    async def prepared(
+        request: Request, route: Route, raw: dict[str, Any], source: Source | None = None
+    ) -> tuple[Work, str]:
+        """The work that a request is, and the fingerprint that a repeat of it has."""
         params = checked(raw, route, Size(*source.image.size) if source else None)
         for name in ("stream", "sync_mode"):
             if getattr(params, name) and HEADER in request.headers:
@@ -51,7 +54,9 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
             fingerprint = await asyncio.to_thread(fingerprint_of, raw, source, preferences(request))
         if source is not None:  # as large as it will be used: what waits is kept in memory
             source = await asyncio.to_thread(source.at, params.delivered)
-        work = work_of(services, request, params, source)
+        return work_of(services, request, params, source), fingerprint
+
+    async def once(request: Request, route: Route, work: Work, fingerprint: str) -> Response:
         return await repeats.once(
             request, work.owner, route, fingerprint, work.seconds, partial(answer, request, requests, route, work)
         )
@@ -59,13 +64,16 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
     async def with_image(request: Request, route: Route) -> Response:
         if HEADER not in request.headers:  # what would be refused need not be sent, and decoded, first
             services.dispatcher.check_open(owner_of(request), pictures=1, token_steps=0)
-        raw, source = await uploads.read(request, route, services.decoder)
-        return await once(request, route, raw, source)
+        async with uploads.received(request, route) as upload, services.decoder.turn() as decode:
+            ready = await prepared(request, route, upload.raw, await upload.decoded(decode))
+        return await once(request, route, *ready)
 
     @routes.post("/images/generations", responses=schema.answers(), openapi_extra=in_json("generations"))
     async def generations(request: Request) -> Response:
         """Draw pictures from a prompt."""
-        return await once(request, "generations", await bodies.json_object(request))
+        return await once(
+            request, "generations", *await prepared(request, "generations", await bodies.json_object(request))
+        )
 
     @routes.post("/images/edits", responses=schema.answers(), openapi_extra=with_files("edits"))
     async def edits(request: Request) -> Response:

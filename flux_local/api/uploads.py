@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from python_multipart.multipart import parse_options_header
@@ -16,7 +18,7 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
 from flux_local.api import bodies
-from flux_local.decoder import SafeDecoder
+from flux_local.decoder import Decode
 from flux_local.errors import (
     InvalidValue,
     MissingParameter,
@@ -37,20 +39,47 @@ PICTURE = re.compile(rb'"(?:data:[^"]*|[a-z0-9+/=_\\-]{1024,})"', re.IGNORECASE)
 """A string of JSON that is a data URL, or was meant to be one."""
 
 
-async def read(request: Request, route: Route, decoder: SafeDecoder) -> tuple[dict[str, Any], Source]:
-    """The request's parameters, typed, and its pictures; a mask on a route without is a name that changes nothing.
+File = bytes | UploadFile
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A request's parameters, typed, and its pictures as they were sent: in memory or on the disk."""
+
+    raw: dict[str, Any]
+    image: File
+    mask: File | None
+
+    async def decoded(self, decode: Decode) -> Source:
+        """Raises what `decode` and `Source.of` raise."""
+        image = await decode(await bytes_of(self.image), "image")
+        return Source.of(image, None if self.mask is None else await decode(await bytes_of(self.mask), "mask"))
+
+
+@contextlib.asynccontextmanager
+async def received(request: Request, route: Route) -> AsyncIterator[Upload]:
+    """What was sent. It has its share of the memory, or its files, as long as the block lasts. A mask on a route
+    without is a name that changes nothing.
 
     Raises:
-        RequestTooLarge, UnsupportedMediaType, InvalidJson, InvalidValue, InvalidImage, MissingParameter.
+        RequestTooLarge, UnsupportedMediaType, InvalidJson, InvalidValue, MissingParameter, RateLimited.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        raw, images, masks = await from_multipart(request)
-    elif kind == "application/json":
-        async with bodies.large(request, BODY_LIMIT) as body, PARSING:
-            raw, images, masks = await asyncio.to_thread(from_json, body)
-    else:
-        raise UnsupportedMediaType("Send the request as multipart/form-data, or as JSON with data URLs.")
+    async with contextlib.AsyncExitStack() as stack:
+        if kind == "multipart/form-data":
+            sent = await from_multipart(request, stack)
+        elif kind == "application/json":
+            body = await stack.enter_async_context(bodies.large(request, BODY_LIMIT))
+            async with PARSING:
+                sent = await asyncio.to_thread(from_json, body)
+            del body
+        else:
+            raise UnsupportedMediaType("Send the request as multipart/form-data, or as JSON with data URLs.")
+        yield checked(route, *sent)
+
+
+def checked(route: Route, raw: dict[str, Any], images: Sequence[File], masks: Sequence[File]) -> Upload:
+    """One image and at most one mask, neither too large."""
     if not images:
         raise MissingParameter("'image' is required: the picture to start from.", param="image")
     if len(images) > 1:
@@ -59,52 +88,86 @@ async def read(request: Request, route: Route, decoder: SafeDecoder) -> tuple[di
         raw, masks = {**raw, "mask": ""}, []
     if len(masks) > 1:
         raise InvalidValue("Send one mask.", param="mask")
-    for name, data in (("image", images[0]), *(("mask", mask) for mask in masks)):
-        if len(data) > IMAGE_LIMIT:
+    for name, file in (("image", images[0]), *(("mask", mask) for mask in masks)):
+        if size_of(file) > IMAGE_LIMIT:
             raise RequestTooLarge(f"An image may have at most {IMAGE_LIMIT:,} bytes.", param=name)
-    image = await decoder.decode(images[0], "image")
-    return raw, Source.of(image, await decoder.decode(masks[0], "mask") if masks else None)
+    return Upload(raw, images[0], masks[0] if masks else None)
 
 
-async def from_multipart(request: Request) -> tuple[dict[str, Any], list[bytes], list[bytes]]:
-    """Fields and files of a form, counted while they come in; `image`, `image[]` and repeats of either are one list."""
+def size_of(file: File) -> int:
+    return len(file) if isinstance(file, bytes) else file.size or 0
+
+
+async def bytes_of(file: File) -> bytes:
+    return file if isinstance(file, bytes) else await file.read()
+
+
+Sent = tuple[dict[str, Any], Sequence[File], Sequence[File]]
+"""Parameters, images, masks."""
+
+
+async def from_multipart(request: Request, stack: contextlib.AsyncExitStack) -> Sent:
+    """Fields and files of a form, counted while they come in; `image`, `image[]` and repeats of either are one list.
+
+    Args:
+        stack: keeps the files, and the share of the memory of pictures in fields, until it closes.
+    """
     fields: dict[str, str] = {}
-    files: dict[str, list[bytes]] = {"image": [], "mask": []}
+    files: dict[str, list[File]] = {"image": [], "mask": []}
     adapters: dict[str, list[str]] = {"path": [], "scale": []}
+    unknown: list[str] = []
+    take = stack.enter_context(bodies.MEMORY.share())
     try:
-        async with (
-            bodies.arriving(BODY_LIMIT) as count,
-            Request(in_latin_1(request), counted(request, count)).form(
-                max_files=PARTS, max_fields=PARTS, max_part_size=BODY_LIMIT
-            ) as form,
-        ):
-            for name, value in form.multi_items():
-                plain = utf_8(name).removesuffix("[]")
-                if isinstance(value, UploadFile):
-                    data = await value.read() if plain in files else b""
-                    if data or (plain in files and value.filename):  # a browser sends a field left empty as neither
-                        files[plain].append(data)
-                    continue
-                value = utf_8(value)
-                if (part := ADAPTER.fullmatch(utf_8(name))) is not None:
-                    adapters[part[1] or "path"].append(value)
-                elif plain in files and value:
-                    files[plain].append(data_url(value, plain))
-                elif plain not in files:
-                    if plain in BY_NAME and fields.get(plain, value) != value:
-                        raise InvalidValue(f"'{plain}' appears twice with different values.", param=plain)
-                    fields[plain] = value
+        async with bodies.arriving(BODY_LIMIT) as count:
+            form = await stack.enter_async_context(
+                Request(in_latin_1(request), counted(request, count)).form(
+                    max_files=PARTS, max_fields=PARTS, max_part_size=BODY_LIMIT
+                )
+            )
     except HTTPException as error:
         raise InvalidValue(
             "The multipart body is malformed or has too many parts. Check how it was made; the header Content-Type "
             "must name its boundary, as clients do by themselves."
         ) from error
-    if sum(map(len, fields.values())) > bodies.JSON_LIMIT:
+    named = [(utf_8(name), value) for name, value in form.multi_items()]
+    if sum(len(value) for name, value in named if isinstance(value, str) and plain(name) not in files) > (
+        bodies.JSON_LIMIT
+    ):
         raise RequestTooLarge(WITHOUT_PICTURES)
+    for full, value in named:
+        name = plain(full)
+        if isinstance(value, UploadFile):
+            if name not in files:
+                unknown.append(name)
+            elif value.size or value.filename:  # a browser sends a field left empty as neither
+                files[name].append(value)
+        elif (part := ADAPTER.fullmatch(full)) is not None:
+            adapters[part[1] or "path"].append(utf_8(value))
+        elif name in files and value:
+            take(len(value))
+            async with PARSING:
+                files[name].append(await asyncio.to_thread(from_field, value, name))
+        elif name not in files:
+            value = utf_8(value)
+            if name in BY_NAME and fields.get(name, value) != value:
+                raise InvalidValue(f"'{name}' appears twice with different values.", param=name)
+            fields[name] = value
     found = from_form(fields)
     if adapters["path"] or adapters["scale"]:
         found.setdefault("loras", adapters_of(**adapters))
-    return found, files["image"], files["mask"]
+    return (
+        {**dict.fromkeys((name for name in unknown if name not in BY_NAME), ""), **found},
+        files["image"],
+        files["mask"],
+    )
+
+
+def from_field(text: str, name: str) -> bytes:
+    return data_url(utf_8(text), name)
+
+
+def plain(name: str) -> str:
+    return name.removesuffix("[]")
 
 
 def counted(request: Request, count: Callable[[int], None]) -> Receive:
@@ -155,7 +218,7 @@ def adapters_of(path: list[str], scale: list[str]) -> list[dict[str, Any]]:
     return [{"path": name, "scale": form_value("number", by)} for name, by in zip(path, scale, strict=True)]
 
 
-def from_json(body: bytes) -> tuple[dict[str, Any], list[bytes], list[bytes]]:
+def from_json(body: bytes) -> Sent:
     """`image` (or a list of them), `images[].image_url`, `mask`: data URLs, or objects with an `image_url`."""
     if len(body) > bodies.JSON_LIMIT and len(PICTURE.sub(b"", body)) > bodies.JSON_LIMIT:
         raise RequestTooLarge(WITHOUT_PICTURES)
