@@ -350,18 +350,24 @@ class Engine:
             self.channel.send(Partial(id, partial, pixels))
 
     def take_verdicts(self, patience: float) -> None:
-        """Gives out what the safety checker lets pass; of a finished picture that it flags only that it did."""
+        """Gives out what the safety checker lets pass; of a finished picture that it flags only that it did. One that
+        it failed on fails."""
         assert self.checker is not None
-        if patience:
+        if patience and self.pulse.read().phase is not Phase.IDLE:  # a checker that hangs is a hang
             self.pulse.enter(Phase.IDLE)
         for decoded, flagged in self.checker.verdicts(patience):
             pixels = self.unchecked.pop(decoded, None)
             if pixels is None:
                 continue  # its job has gone
-            if not flagged:
+            if flagged is False:
                 self.give_out(decoded, pixels)
-            elif decoded[1] is None:
+            elif decoded[1] is None and flagged:
                 self.deliver(self.drawings[decoded[0]], b"", flagged=True)
+            elif decoded[1] is None:
+                failed = InternalError(
+                    "The safety checker failed on the picture, which is therefore kept back. Try again."
+                )
+                self.end_with(self.drawings[decoded[0]], failed)
 
     def redraw_or_give_up(self, drawing: Drawing) -> None:
         """A picture that is not finite is drawn once more, alone and by plain operations, before it is given up."""

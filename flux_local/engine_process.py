@@ -95,12 +95,17 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
         checkpoint = weights.identify(options.model)
         if device == "cpu" and checkpoint.nbytes > SLOW_ON_A_CPU:
             log.warning("torch sees no GPU: a model of %.0f GB will be very slow on the CPU", checkpoint.nbytes / 1e9)
+        try:
+            checker = safety_checker(options, device)  # first, so that the plan is for the memory that it leaves
+        except Exception as error:
+            if memory.is_exhausted(error):
+                raise StartError(NO_ROOM) from error
+            raise
         pipeline = load(
             checkpoint, device, options.precisions, options.reference, options.memory,
             info.canvas.max_area, options.cache, options.fp8_attention,
             memory.sharing(device, options.beside.split(",")),
         )  # fmt: skip
-        checker = safety_checker(options, device)
         loaded = time.monotonic()
         try:
             step_seconds = warm_up(pipeline, info)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from stat import S_ISREG
 
 from flux_local.errors import InvalidValue, NotFound, WeightsError
 from flux_local.model.headers import safetensors_header
@@ -32,15 +33,19 @@ def located(folder: Path, name: str, scale: float) -> tuple[str, float, int]:
             param="loras",
         )
     path = folder / (name + SUFFIX)
-    if not path.is_file():
+    try:
+        found = path.stat()
+    except OSError:  # not there, a name too long for a file, a folder that may not be read
+        found = None
+    if found is None or not S_ISREG(found.st_mode):
         raise NotFound(f"This server has no such adapter. {known(folder)}", param="loras")
     try:
-        whole = safetensors_header(path).size == path.stat().st_size
-    except WeightsError:
+        whole = safetensors_header(path).size == found.st_size
+    except (WeightsError, OSError):
         whole = False
     if not whole:
         raise InvalidValue("An adapter cannot be used: its file is no whole safetensors file.", param="loras")
-    return str(path.resolve()), scale, path.stat().st_mtime_ns
+    return str(path.resolve()), scale, found.st_mtime_ns
 
 
 def known(folder: Path) -> str:

@@ -138,7 +138,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("user", "string", None, "passthrough", "Kept with the request.", high=1000),
     Parameter("style", "string", None, "accepted", "Changes nothing.", choices=("vivid", "natural")),
     Parameter("quality", "string", "auto", "accepted", "Changes nothing.",
-              choices=("auto", "low", "medium", "high", "standard", "hd")),
+              choices=("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")),
     Parameter("background", "string", "auto", "accepted", "Pictures are opaque.",
               choices=("auto", "opaque", "transparent")),
     Parameter("moderation", "string", "auto", "accepted", "Changes nothing.", choices=("auto", "low")),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,8 @@ from flux_local.steps import Mask, Masks
 MANY_NAMES, LONG_NAME = 64, 64
 """Of names that change nothing: how many are told, and how many characters of each."""
 PUBLIC_NAME = "flux.1-krea-dev"
-OPENAI_NAMES = ("dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2")
+OPENAI_NAMES = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[a-z0-9.-]{1,40}")
+"""What clients made for OpenAI's images send: its models of today, and of the day after."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class ModelInfo:
     """T5 tokens that it reads."""
 
     def answers_to(self, name: str) -> bool:
-        return name.lower() in (PUBLIC_NAME, self.name.lower(), *OPENAI_NAMES)
+        name = name.lower()
+        return name in (PUBLIC_NAME, self.name.lower()) or OPENAI_NAMES.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

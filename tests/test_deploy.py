@@ -51,6 +51,6 @@ def test_the_container_knows_files_and_settings() -> None:
     assert all((ROOT / name).exists() for name in copied)
     (service,) = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"].values()
     names = {*re.findall(r"FLUX_LOCAL_([A-Z_]+)=", lines), *(n.removeprefix(PREFIX) for n in service["environment"])}
-    assert len(names) == 5
+    assert len(names) == 6
     assert {name.lower() for name in names} <= set(Settings.__struct_fields__)
     assert (ROOT / "deploy" / service["build"]["context"] / service["build"]["dockerfile"]).resolve().is_file()

@@ -18,7 +18,9 @@ def test_every_parameter_is_in_the_document(server: Server) -> None:
     for route in ("generations", "edits", "variations"):
         content = document["paths"][f"/v1/images/{route}"]["post"]["requestBody"]["content"]
         for schema in (kind["schema"]["properties"] for kind in content.values()):
-            assert set(schema) - {"images"} == {name for p in PARAMETERS if route in p.routes for name in (p.name, *p.aliases)}
+            assert set(schema) - {"images"} == {
+                name for p in PARAMETERS if route in p.routes for name in (p.name, *p.aliases)
+            }
     for forbidden in ("http://", "https://"):
         assert forbidden not in httpx.get(server.url + "/docs").text.replace(server.url, "")
 

@@ -77,6 +77,16 @@ def test_one_step_behind_and_no_more(card: Card) -> None:
     assert pace.token_seconds == pytest.approx(0.5 / 128)
 
 
+def test_a_step_that_recorded_a_graph_says_nothing_about_the_next(card: Card) -> None:
+    pace = Pace(torch.device("cuda"))
+    for seconds, usual in ((0.1, True), (3.0, False)):
+        with pace.step(1) as launching:
+            card.launch(seconds)
+            launching.usual = usual
+    pace.finish()
+    assert pace.token_seconds == pytest.approx(0.1)
+
+
 def test_a_pause_is_no_part_of_a_step(card: Card) -> None:
     pace = Pace(torch.device("cuda"))
     for seconds in (0.1, 0.2):

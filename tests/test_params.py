@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from openai.types import ImageModel
 
 from flux_local.errors import FluxError, InvalidValue, MissingParameter, ModelNotFound, NotAvailable
 from flux_local.forms import from_form
 from flux_local.parameters import PARAMETERS, Words, default_of
-from flux_local.params import OPENAI_NAMES, GenerationParams, ModelInfo, check, generation_params
+from flux_local.params import GenerationParams, ModelInfo, check, generation_params
 from flux_local.plan import check_of
 from flux_local.sizes import CanvasRange
 
@@ -43,7 +44,9 @@ def test_null_means_not_given() -> None:
     assert parse(**given).steps == 12
 
 
-@pytest.mark.parametrize("name", ["flux.1-krea-dev", "FLUX.1-Krea-Dev", "some-folder", "Some-Folder", *OPENAI_NAMES])
+@pytest.mark.parametrize(
+    "name", ["flux.1-krea-dev", "FLUX.1-Krea-Dev", "some-folder", "Some-Folder", "dall-e-2", *get_args(ImageModel)]
+)
 def test_names_of_the_loaded_model(name: str) -> None:
     assert parse(model=name).steps == 12
 

@@ -8,13 +8,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
+import numpy as np
 import pytest
 
 from flux_local.engine import Engine
 from flux_local.messages import HEADER, EngineChannel, Failed, Job, decode_from_engine
+from flux_local.model.safety import Classifier, Key, SafetyChecker
 from flux_local.pulse import Pulse
 from tests.servers import ROOT, Server, pictures, running, started
 
@@ -108,3 +110,40 @@ def test_an_engine_without_a_checker_gives_nothing_out_that_was_to_be_checked(pi
         told = decode_from_engine(ours.recv(length))
     assert isinstance(told, Failed)
     assert "safety checker" in told.message
+
+
+class Broken:
+    """A classifier that fails on several pictures at once, and on dark ones."""
+
+    device = "cpu"
+
+    def flagged(self, pictures: list[np.ndarray]) -> list[bool]:
+        if len(pictures) > 1 or pictures[0].mean() < 100:
+            raise RuntimeError("no")
+        return [False]
+
+
+def test_a_checker_that_fails_is_no_verdict() -> None:
+    checker = SafetyChecker(cast(Classifier, Broken()))
+    values = {("a", None): 0, ("b", 1): 200, ("c", None): 50}
+    for key, value in values.items():
+        checker.submit(key, bytes([value]) * 12, 2, 2)
+    found: dict[Key, bool | None] = {}
+    while len(found) < len(values):
+        found |= dict(checker.verdicts(10))
+    assert found == {("a", None): None, ("b", 1): False, ("c", None): None}
+
+
+def test_a_picture_that_nobody_could_look_at_fails_and_blames_nobody(pipeline: Any) -> None:
+    ours, theirs = socket.socketpair()
+    checker = SafetyChecker(cast(Classifier, Broken()))
+    with ours, theirs:
+        engine = Engine(pipeline, EngineChannel(theirs), Pulse(), 1e-4, checker)
+        engine.accept(Job("r-1", "a large black square on black", 0, 128, 128, 1, 4.5, check=True))
+        engine.drawings["r-1"].reported = float("inf")  # no report of progress
+        while engine.drawings:
+            engine.turn()
+        (length,) = HEADER.unpack(ours.recv(HEADER.size))
+        told = decode_from_engine(ours.recv(length))
+    assert isinstance(told, Failed)
+    assert told.code == "internal_error"

@@ -95,6 +95,10 @@ class Transformer(Protocol):
     def attention_by(self) -> str:
         """Whose attention it has."""
 
+    @property
+    def recordings(self) -> int:
+        """CUDA graphs that it has tried to record so far; a step that recorded one took much longer than any other."""
+
     def condition(self, prompt: PromptEmbedding, sigmas: Sequence[float], guidance: float) -> Any:
         """All that it has to know of one picture's prompt, noise levels at each step, and guidance."""
 
@@ -151,13 +155,15 @@ class Denoiser:
             pictures: of one canvas and one prompt length, each with steps left.
         """
         tokens = sum(picture.latents.shape[1] * (1 if picture.against is None else 2) for picture in pictures)
-        with self.pace.step(tokens):
+        recordings = self.transformer.recordings
+        with self.pace.step(tokens) as launching:
             for picture, velocity in zip(pictures, self.velocity(pictures).split(1), strict=True):
                 if picture.computed:
                     picture.latest = (*picture.latest, (picture.sigmas[picture.step], velocity))[-2:]
                 self.move(picture, velocity)
                 while picture.extrapolates:
                     self.move(picture, picture.extrapolated())
+            launching.usual = self.transformer.recordings == recordings
 
     def move(self, picture: Picture, velocity: Tensor) -> None:
         """An Euler step: x(σ') = x(σ) + (σ' − σ)·v, in fp32, kept in the model's dtype."""

@@ -15,6 +15,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ log = logging.getLogger("flux_local.graphs")
 Shapes = tuple[torch.Size, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Captured:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -57,7 +58,12 @@ class Pool:
         self.work = work
         self.closed = False
         """Nothing more is recorded."""
-        self.aside = torch.cuda.Stream()  # one for all: each stream has workspaces of its own
+        self.aside = torch.cuda.Stream()
+        """What is recorded runs there before, so that cuBLAS has its workspace of the stream by then: made during the
+        first recording, it would lie in the pool for good, and keep the pool's block from being given back."""
+        self.kept: WeakSet[Captured] = WeakSet()
+        self.recordings = 0
+        """Tried so far."""
         self.renew()
 
     def renew(self) -> None:
@@ -102,6 +108,7 @@ class Graphs:
             if shapes in self.refused or self.pool.closed:
                 return self.function(*inputs)
             stream = torch.cuda.current_stream()
+            self.pool.recordings += 1
             try:
                 captured, output = self.capture(inputs)
             except RuntimeError as error:
@@ -113,8 +120,11 @@ class Graphs:
                 self.refused.add(shapes)
                 if not isinstance(error, OtherBits):
                     self.pool.close()
+                elif not self.pool.kept:
+                    self.pool.renew()  # a pool whose only graph went is not recorded into again
                 return self.function(*inputs)
             self.captured[shapes] = captured
+            self.pool.kept.add(captured)
             while len(self.captured) > self.limit:
                 self.captured.popitem(last=False)
             return output
@@ -140,7 +150,7 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(aside)
         graph, output = torch.cuda.CUDAGraph(), torch.empty_like(expected)
         # What other threads do on the device meanwhile, the safety checker's say, neither fails nor is recorded.
-        with torch.cuda.graph(graph, pool=self.pool.handle, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool.handle, stream=aside, capture_error_mode="thread_local"):
             self.pool.begin()
             output.copy_(self.function(*static))
         captured = Captured(graph, static, output)

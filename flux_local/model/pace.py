@@ -26,6 +26,14 @@ class Launched:
     begin: torch.cuda.Event
     end: torch.cuda.Event
     tokens: int
+    usual: bool
+
+
+@dataclass
+class Launching:
+    """A step that is being given to a GPU. `usual`: whether its time says something about the next."""
+
+    usual: bool = True
 
 
 class Pace:
@@ -35,21 +43,23 @@ class Pace:
         self.device = device
         self.runs_behind = device.type == "cuda"
         self.token_seconds: float | None = None
-        """Of a GPU's last step that is known to have ended, a token's share. None until there is one, and on a CPU."""
+        """Of a GPU's last usual step that is known to have ended, a token's share. None until there is one, and on a
+        CPU."""
         self._launched: deque[Launched] = deque()
 
     @contextlib.contextmanager
-    def step(self, tokens: int) -> Iterator[None]:
+    def step(self, tokens: int) -> Iterator[Launching]:
         """Around the launch of a step of so many image tokens: waits until the one before it has begun."""
+        launching = Launching()
         if not self.runs_behind:
-            yield
+            yield launching
             return
         if self._launched:
             self._launched[-1].begin.synchronize()
         self._take_times()
         begin = self._event()
-        yield
-        self._launched.append(Launched(begin, self._event(), tokens))
+        yield launching
+        self._launched.append(Launched(begin, self._event(), tokens, launching.usual))
 
     def finish(self) -> None:
         """Waits for all that was launched."""
@@ -73,7 +83,8 @@ class Pace:
     def _take_times(self) -> None:
         while self._launched and self._launched[0].end.query():
             step = self._launched.popleft()
-            self.token_seconds = step.begin.elapsed_time(step.end) / 1000 / step.tokens
+            if step.usual:
+                self.token_seconds = step.begin.elapsed_time(step.end) / 1000 / step.tokens
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)

@@ -36,6 +36,7 @@ class ReferenceTransformer:
     """
 
     attention_by: str = "diffusers"
+    recordings: int = 0
 
     def __init__(self, module: Any, device: torch.device | None = None) -> None:
         self.module = module

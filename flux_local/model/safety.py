@@ -10,6 +10,7 @@ import contextlib
 import logging
 import queue
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class SafetyChecker:
         self.waiting = 0
         """Pictures without a verdict yet."""
         self._in: queue.SimpleQueue[tuple[Key, np.ndarray]] = queue.SimpleQueue()
-        self._out: queue.SimpleQueue[tuple[Key, bool]] = queue.SimpleQueue()
+        self._out: queue.SimpleQueue[tuple[Key, bool | None]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="safety", daemon=True).start()
 
     def submit(self, key: Key, pixels: bytes, width: int, height: int) -> None:
@@ -86,9 +87,10 @@ class SafetyChecker:
         self.waiting += 1
         self._in.put((key, np.frombuffer(pixels, np.uint8).reshape(height, width, 3)))
 
-    def verdicts(self, patience: float) -> list[tuple[Key, bool]]:
-        """What has been decided: key, and whether flagged. Waits at most `patience` seconds for the first."""
-        found: list[tuple[Key, bool]] = []
+    def verdicts(self, patience: float) -> list[tuple[Key, bool | None]]:
+        """What has been decided: key, and whether flagged, or None where the classifier failed. Waits at most
+        `patience` seconds for the first."""
+        found: list[tuple[Key, bool | None]] = []
         while self.waiting:
             try:
                 found.append(self._out.get(timeout=0 if found or not patience else patience))
@@ -109,12 +111,15 @@ class SafetyChecker:
             for key, flagged in zip([key for key, _ in batch], self._look([p for _, p in batch]), strict=True):
                 self._out.put((key, flagged))
 
-    def _look(self, pictures: list[np.ndarray]) -> list[bool]:
+    def _look(self, pictures: list[np.ndarray]) -> Sequence[bool | None]:
+        """All at once, or where that fails, for want of memory say, one by one."""
         try:
             return self.classifier.flagged(pictures)
-        except Exception:  # the thread's boundary: a picture that nobody could look at is not given out
-            log.exception("the safety checker failed; its pictures are left out")
-            return [True] * len(pictures)
+        except Exception:  # the thread's boundary
+            if len(pictures) > 1:
+                return [verdict for picture in pictures for verdict in self._look([picture])]
+            log.exception("the safety checker failed on a picture, which is not given out")
+            return [None]
 
 
 def of_its_own(device: str) -> contextlib.AbstractContextManager[object]:

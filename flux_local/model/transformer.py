@@ -146,6 +146,11 @@ class FluxTransformer:
         """Whose attention this is."""
         return f"fp8 {self.ops.attention_quantised_by}" if self.fp8_attention else self.ops.attention_by
 
+    @property
+    def recordings(self) -> int:
+        """CUDA graphs tried so far."""
+        return self.run.pool.recordings if isinstance(self.run, Graphs) else 0
+
     @torch.inference_mode()
     def condition(self, prompt: PromptEmbedding, sigmas: Sequence[float], guidance: float) -> Condition:
         """Everything about a picture that its steps share.
