@@ -431,7 +431,8 @@ class TestServed:
     @pytest.mark.parametrize(
         ("name", "status", "said"),
         [
-            ("absent", 404, "second"), ("é" * 150, 404, "second"), ("../outside", 400, "not by a path"), ("/etc/passwd", 400, "not by a path"),
+            ("absent", 404, "second"), ("é" * 150, 404, "second"),
+            ("../outside", 400, "not by a path"), ("/etc/passwd", 400, "not by a path"),
             ("https://example.org/a.safetensors", 400, "not by a path"), ("", 400, "not by a path"),
             (".hidden", 400, "not by a path"), ("..\\outside", 400, "not by a path"),
             ("pickled", 400, "no whole safetensors"), ("bomb", 400, "no whole safetensors"),
