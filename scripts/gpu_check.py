@@ -51,7 +51,7 @@ from flux_local.model.selfcheck import Finding, Sizes, accelerated, with_fp8_att
 from flux_local.model.text import PromptEmbedding  # noqa: E402
 from flux_local.model.transformer import FluxTransformer, Geometry  # noqa: E402
 from flux_local.model.vae import Autoencoder  # noqa: E402
-from flux_local.steps import formula  # noqa: E402
+from flux_local.steps import LEVELS, formula  # noqa: E402
 
 FP8_STEP, FP8_BLOCK = 0.04, 0.08
 """Largest relative errors of fp8 against our own precision: of a velocity, and of what one branch of a block adds.
@@ -340,14 +340,12 @@ class Bench:
         table = self.report.timings["step_ms"] = {}
         for side in self.scale.sides:
             rows: dict[str, tuple[Any, tuple[int, ...]]] = {
-                f"ours {side}": (
-                    self.ours, tuple(b for b in self.scale.batches if b * side * side <= 2 * self.scale.sides[0] ** 2)
-                ),
-                f"ours fp8 {side}": (self.fast, (1,)),
-                f"ours fp8, attention too {side}": (self.fastest, (1,)),
+                f"ours {side}": (self.ours, self.scale.batches),
+                f"ours fp8 {side}": (self.fast, self.scale.batches),
+                f"ours fp8, attention too {side}": (self.fastest, self.scale.batches),
                 f"ours without graph {side}": (without_graphs(self.ours), (1,)),
-                f"diffusers eager {side}": (self.theirs, (1,)),
-            }  # fmt: skip
+                f"diffusers eager {side}": (self.theirs, self.scale.batches),
+            }
             for name, (transformer, batches) in rows.items():
                 for batch in batches if transformer is not None else ():
                     with self.attempt(f"step, {name}, batch {batch}"):
@@ -414,9 +412,8 @@ class Bench:
                 timings[f"decode_{side}_ms"] = self.milliseconds(lambda: vae.decode(noise, side, side))  # noqa: B023
                 say(f"  decoding at {side}²: {timings[f'decode_{side}_ms']:.2f} ms")
             whole = {}
-            modes = [(self.ours, "none"), (self.fast, "none"), (self.fast, "regular"), (self.fast, "high")]
-            if self.fastest is not None:
-                modes += [(self.fastest, "none"), (self.fastest, "regular"), (self.fastest, "high")]
+            transformers = [t for t in (self.ours, self.fast, self.fastest) if t is not None]
+            modes = list(product(transformers, LEVELS))
             for side, (transformer, level) in product((self.scale.sides[0], self.scale.sides[-1]), modes):
                 denoiser, mask = Denoiser(transformer), formula(level, self.scale.steps)
                 precision = "own precision" if transformer is self.ours else "fp8"
