@@ -141,6 +141,10 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         if not setting.secret:
             add_setting(command, setting)
     add_config_file(command)
+    command.epilog = (
+        f"API keys are no flag, since anyone on the machine can read those: {config.PREFIX}API_KEYS has them, by commas, "
+        "or the file of --api-keys-file."
+    )
 
 
 def add_config_file(command: argparse.ArgumentParser) -> None:
@@ -172,10 +176,9 @@ def settings_from(options: argparse.Namespace) -> config.Settings:
 
 
 def at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number from 1 on")
+    return int(text)
 
 
 def run_version(_: argparse.Namespace) -> int:

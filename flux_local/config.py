@@ -297,7 +297,10 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str] | None = None,
             values[variable.removeprefix(PREFIX).lower()] = value
     values |= flags
     if unknown := sorted(set(values) - names):
-        raise SettingsError(f"No such setting: {', '.join(unknown)}. `flux-local serve --help` lists them all.")
+        raise SettingsError(
+            f"No such setting: {', '.join(unknown)}. `flux-local serve --help` lists them all, and says where API keys "
+            "belong."
+        )
     try:
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ REPLY_LIFETIME = 86_400
 """Seconds for which an `Idempotency-Key` is remembered, unless what was answered goes before that."""
 VERSION = 1
 """Of the tables; kept in the database as `user_version`."""
+
+log = logging.getLogger("flux_local.history")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
@@ -105,7 +108,7 @@ class History:
         """The database; one that cannot be read is put aside, for pictures do not depend on it.
 
         Raises:
-            StartError: the disk is full, or the database's files cannot be written.
+            StartError: the disk is full, the database's files cannot be written, or a later flux-local wrote them.
         """
         try:
             return self._connect(path)
@@ -114,8 +117,11 @@ class History:
                 f"Cannot open the request history {path} ({error}). Free space there, mend its permissions, or choose "
                 "another --data-dir."
             ) from error
-        except sqlite3.DatabaseError:
-            path.rename(path.with_suffix(f".corrupt-{int(time.time())}"))
+        except sqlite3.DatabaseError as error:
+            aside = path.with_suffix(f".corrupt-{int(time.time())}")
+            path.rename(aside)
+            log.error("the request history cannot be read (%s): what was promised is lost; it is kept as %s until you "
+                      "delete it", error, aside)  # fmt: skip
             return self._connect(path)
 
     def _connect(self, path: Path) -> sqlite3.Connection:
@@ -127,11 +133,13 @@ class History:
                 raise sqlite3.DatabaseError("quick_check failed")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version > VERSION:
-                raise sqlite3.DatabaseError(f"version {version} is of a later flux-local")
+                raise StartError(
+                    f"The request history {path} is of a later flux-local. Start that, or choose another --data-dir."
+                )
             if version < 1:
                 connection.execute("DROP TABLE IF EXISTS replies")  # did not say whose they were
             connection.executescript(f"{SCHEMA} PRAGMA user_version = {VERSION};")
-        except sqlite3.DatabaseError:
+        except (sqlite3.DatabaseError, StartError):
             connection.close()
             raise
         return connection

@@ -205,6 +205,8 @@ def test_settings_are_taken_over_and_a_picture_deleted(page: Any, own: Server) -
     assert page.input_value("[name=prompt]") == STAR
     for name, value in fields.items():
         assert page.input_value(f"[name={name}]") == value
+    page.select_option("[name=aspect_ratio]", "16:9")
+    assert page.input_value("[name=size]") == "", "what is chosen later is what counts"
     page.click(".card .picture")
     page.click("#delete")
     wait(page, ".card", 0)
@@ -245,6 +247,54 @@ def test_the_curl_line_draws_the_same(page: Any, own: Server) -> None:
     url = httpx.Response(200, text=answer).json()["data"][0]["url"]
     pixels = np.asarray(Image.open(io.BytesIO(httpx.get(url).content)).convert("RGB"), float)
     assert (pixels == stored(page)).all()
+
+
+def test_where_a_page_may_not_copy_the_curl_line_is_shown(page: Any) -> None:
+    page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error('no')); null")
+    page.fill("[name=prompt]", STAR)
+    page.click("#curl")
+    page.locator("#curl-dialog").wait_for()
+    assert STAR in page.input_value("#curl-line")
+    assert page.evaluate("document.activeElement.id") == "curl-line"
+    assert page.evaluate("document.activeElement.selectionEnd") > 50
+
+
+def test_what_had_no_effect_is_said(page: Any) -> None:
+    draw(page, "star " * 700, size="128x128", num_inference_steps="2", negative_prompt="blue")
+    wait(page, ".card.done .picture img", 1)
+    note = page.inner_text(".card .note")
+    assert "without effect: negative prompt" in note
+    assert "the prompt was too long" in note
+
+
+def test_a_promise_can_be_cancelled_before_it_is_made(page: Any, own: Server) -> None:
+    for _ in range(3):
+        draw(page, "a snail", size="128x128", num_inference_steps="30")
+    wait(page, ".card.running", 3)
+    page.wait_for_selector("text=/step \\d+ of 30/")
+    sent: list[Any] = []
+    page.route("**/generations", lambda route: sent.append(route))
+    draw(page, "a snail that nobody wants", size="128x128", num_inference_steps="30")
+    page.locator(".card:has-text('nobody wants')").get_by_text("Cancel").click()
+    page.wait_for_selector("text=cancelling")
+    sent[0].continue_()
+    wait(page, ".card.failed", 1)
+    for entry in httpx.get(own.url + "/v1/images/requests").json()["data"]:
+        assert "nobody wants" not in entry["params"]["prompt"]
+    while (cancel := page.locator(".card.running >> text=Cancel")).count():
+        cancel.first.click()
+
+
+def test_older_pictures_come_though_the_last_shown_has_gone(page: Any, own: Server) -> None:
+    body = {"prompt": STAR, "size": "128x128", "num_inference_steps": 1}
+    for seed in range(26):
+        own.post({**body, "seed": seed})
+    opened(page, own)
+    wait(page, ".card.done .picture img", 24)
+    last = page.locator(".card").last.get_attribute("data-id")
+    httpx.delete(f"{own.url}/v1/images/requests/{last}").raise_for_status()
+    page.click("#older")
+    wait(page, ".card.done .picture img", 26)
 
 
 def test_a_small_screen_has_room_for_all_of_it(page: Any) -> None:

@@ -185,7 +185,8 @@ def test_bench_starts_a_server_of_its_own(tmp_path: Path) -> None:
     [
         (("--url", "http://127.0.0.1:9"), "Start a server with `flux-local serve`"),
         (("--model", "nowhere"), "No server to measure: "),
-        (("--requests", "0"), "0 is not at least 1"),
+        (("--requests", "0"), "'0' is no number from 1 on"),
+        (("--concurrency", "many"), "'many' is no number from 1 on"),
     ],
 )
 def test_bench_says_what_is_missing(flags: tuple[str, ...], message: str) -> None:

@@ -38,7 +38,7 @@ def test_the_unit_knows_exit_codes_and_settings() -> None:
     never = {errors.SettingsError.exit_code, errors.AlreadyTaken.exit_code, errors.WeightsError.exit_code}
     assert set(map(int, unit["Service"]["RestartPreventExitStatus"].split())) == never
     names = re.findall(r"^Environment=FLUX_LOCAL_([A-Z_]+)=", (DEPLOY / "flux-local.service").read_text(), re.MULTILINE)
-    assert len(names) == 2
+    assert len(names) == 3
     assert (unit["Service"]["StateDirectoryMode"], unit["Service"]["UMask"]) == ("0700", "0077")
     assert {name.lower() for name in names} <= set(Settings.__struct_fields__)
 

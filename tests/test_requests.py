@@ -275,7 +275,18 @@ def test_a_damaged_history_does_not_stop_the_server(tmp_path: Path) -> None:
     (tmp_path / "data" / "history.sqlite3").write_bytes(b"this is no database" * 500)
     with running(tmp_path) as server:
         assert server.post(BODY).status_code == 200
+        assert "the request history cannot be read" in server.output
     assert list((tmp_path / "data").glob("history.corrupt-*"))
+
+
+def test_a_later_versions_history_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with contextlib.closing(sqlite3.connect(tmp_path / "data" / "history.sqlite3")) as history:
+        history.execute("PRAGMA user_version = 1000")
+    with started(tmp_path) as server:
+        assert server.process.wait(timeout=60) == 1
+        assert "is of a later flux-local" in server.output
+    assert not list((tmp_path / "data").glob("history.corrupt-*"))
 
 
 def test_a_full_disk_costs_urls_and_nothing_else(tmp_path: Path) -> None:

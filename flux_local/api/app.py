@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 
@@ -93,6 +94,10 @@ class HeadAsGet:
         await self.app(scope, receive, send)
 
 
+LOOKS = re.compile(r"/(health|ready|metrics|images/requests(/[^/]*)?)$")
+"""Paths that are asked for again and again, by monitors and by pages that wait."""
+
+
 def new_request_id() -> str:
     return f"req_{secrets.token_hex(12)}"
 
@@ -124,8 +129,9 @@ class RequestLog:
         finally:
             status = status or GONE
             self.metrics.responses.labels(status).inc()
-            log.info("%s %s %d %.3fs %s", scope["method"], printable(scope["path"]), status,
-                     time.monotonic() - started, request_id)  # fmt: skip
+            looked = scope["method"] == "GET" and status < 400 and LOOKS.search(scope["path"])
+            log.log(logging.DEBUG if looked else logging.INFO, "%s %s %d %.3fs %s", scope["method"],
+                    printable(scope["path"]), status, time.monotonic() - started, request_id)  # fmt: skip
 
 
 def printable(path: str) -> str:

@@ -15,11 +15,17 @@ export const key = {
   set: (value) => sessionStorage.setItem(KEY, value.trim()),
 };
 
-/** A response that is good; everything else is thrown as an ApiError, or as fetch's own where nothing answered. */
+/** What fetch and streams throw where nothing answers, in words that say what to do. */
+export function broken(error) {
+  if (!(error instanceof TypeError)) throw error;
+  throw new Error("The connection to the server broke. Try again when it answers.");
+}
+
+/** A response that is good; everything else is thrown: as an ApiError, or an Error where nothing answered. */
 export async function call(path, options = {}) {
   const headers = { ...options.headers };
   if (key.get()) headers.authorization = `Bearer ${key.get()}`;
-  const response = await fetch(new URL(path, document.baseURI), { ...options, headers });
+  const response = await fetch(new URL(path, document.baseURI), { ...options, headers }).catch(broken);
   if (!response.ok) {
     const body = await response.json().catch(() => ({}));
     throw new ApiError(response.status, body.error, response.headers.get("retry-after"));
@@ -49,7 +55,7 @@ export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch(broken);
     if (done) return;
     const blocks = (text + value).split("\n\n");
     text = blocks.pop();

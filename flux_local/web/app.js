@@ -1,18 +1,20 @@
 // The page: the form on one side, what was asked for on the other.
 
 import { ApiError, call, get, key } from "./api.js";
-import { Card } from "./card.js";
+import { Card, streaming } from "./card.js";
 import { byId, el } from "./dom.js";
 import { Form, Problem, streamed } from "./form.js";
 import { Painter, png } from "./mask.js";
 
 const STATE_EVERY = 5000; // milliseconds between looks at the server's state
 const PAGE = 24; // requests of the history at a time
+const KEPT_PROMPT = "flux-local prompt"; // over a reload of this page's own
 const READ = ["image/png", "image/jpeg", "image/webp"]; // by the server
 
 const painter = new Painter(byId("mask"), byId("brush"));
 const cards = new Map(); // by request
 let form = null;
+let unready = new Problem("The server has not answered yet. Reload the page if this stays.", null);
 let image = null; // the File or Blob to start from
 let viewed = null; // { card, item } in the viewer
 
@@ -38,6 +40,7 @@ async function askForKey() {
   await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
   if (dialog.returnValue !== "use") return;
   key.set(byId("key-value").value);
+  sessionStorage.setItem(KEPT_PROMPT, byId("form").elements.prompt.value);
   location.reload();
 }
 
@@ -52,7 +55,7 @@ function problem(error) {
 }
 
 function ready() {
-  if (form === null) problem(new Problem("The server has not answered yet. Reload the page if this stays.", null));
+  if (form === null) problem(unready);
   return form !== null;
 }
 
@@ -63,7 +66,9 @@ async function start(file) {
     problem(new Problem("This file cannot be read as a picture. Choose a PNG, JPEG or WebP.", null));
     return;
   }
+  problem(null);
   image = READ.includes(file.type) ? file : await png(bitmap);
+  URL.revokeObjectURL(byId("original").src);
   byId("original").src = URL.createObjectURL(image);
   painter.reset(bitmap.width, bitmap.height);
   byId("drop").hidden = true;
@@ -98,8 +103,8 @@ async function submit() {
   const card = new Card(params.prompt, params.n ?? 1, ratio, actions);
   byId("gallery").prepend(card.element);
   byId("empty").hidden = true;
+  card.element.scrollIntoView({ block: "nearest" });
   await card.run(request);
-  if (card.id) cards.set(card.id, card);
 }
 
 function ratioOf(params) {
@@ -113,7 +118,7 @@ function curl() {
   const url = new URL(image ? "v1/images/edits" : "v1/images/generations", document.baseURI).href;
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const parts = [`curl ${url}`];
-  if (key.get()) parts.push('-H "Authorization: Bearer $FLUX_LOCAL_API_KEY"');
+  if (key.get()) parts.push('-H "Authorization: Bearer $API_KEY"');
   if (image) {
     parts.push("-F image=@image.png", ...(painter.touched ? ["-F mask=@mask.png"] : []));
     for (const [name, value] of Object.entries(params)) {
@@ -147,6 +152,7 @@ const actions = {
     byId("delete").textContent = card.pictures.length > 1 ? `Delete all ${card.pictures.length}` : "Delete";
     byId("viewer").showModal();
   },
+  known: (card) => cards.set(card.id, card),
   refused: problem,
   gone(card) {
     cards.delete(card.id);
@@ -165,13 +171,21 @@ async function showHistory(after) {
     card.follow(entry);
   }
   byId("older").hidden = !more;
-  byId("older").onclick = () => showHistory(lastShown()).catch(problem);
   byId("empty").hidden = byId("gallery").children.length > 0;
 }
 
-/** The last request of the gallery that the server knows of. */
-function lastShown() {
-  return [...byId("gallery").children].map((card) => card.dataset.id).filter(Boolean).at(-1);
+/** What comes after the last request of the gallery that the server still knows of. */
+async function showOlder() {
+  const shown = [...byId("gallery").children].map((card) => card.dataset.id).filter(Boolean);
+  for (const id of shown.reverse()) {
+    try {
+      await showHistory(id);
+      return;
+    } catch (error) {
+      if (error.status !== 404) throw error; // gone meanwhile: the one before it will do
+    }
+  }
+  await showHistory();
 }
 
 // What the user does.
@@ -192,6 +206,7 @@ document.addEventListener("paste", ({ clipboardData }) => {
 });
 for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
   document.addEventListener(name, (event) => {
+    if (!event.dataTransfer?.types.includes("Files")) return;
     event.preventDefault();
     byId("source").classList.toggle("over", over);
     const file = name === "drop" && event.dataTransfer.files[0];
@@ -202,18 +217,28 @@ byId("clear-mask").onclick = () => painter.clear();
 byId("remove-image").onclick = withoutImage;
 byId("key").onclick = askForKey;
 byId("curl").onclick = async ({ target }) => {
+  if (!ready()) return;
+  let line;
   try {
-    await navigator.clipboard.writeText(curl());
-    target.textContent = "Copied";
+    line = curl();
   } catch (error) {
-    problem(error instanceof Problem ? error : new Problem("The browser does not let this page copy.", null));
+    problem(error);
     return;
   }
+  try {
+    await navigator.clipboard.writeText(line);
+  } catch { // only what comes from this machine or over TLS may copy by itself
+    byId("curl-line").value = line;
+    byId("curl-dialog").showModal();
+    byId("curl-line").select();
+    return;
+  }
+  target.textContent = "Copied";
   setTimeout(() => (target.textContent = "Copy as curl"), 1500);
 };
 byId("close").onclick = () => byId("viewer").close();
 byId("reuse").onclick = () => {
-  form.fill(viewed.card.params);
+  form.fill(viewed.card.params, viewed.item.seed);
   byId("viewer").close();
 };
 byId("edit").onclick = async () => {
@@ -226,13 +251,21 @@ byId("edit").onclick = async () => {
 };
 byId("delete").onclick = () => {
   byId("viewer").close();
+  byId("gallery").focus();
   viewed.card.remove();
 };
+
+byId("older").onclick = () => showOlder().catch(problem);
+window.addEventListener("beforeunload", (event) => {
+  if (streaming()) event.preventDefault();
+});
 
 // The beginning.
 
 async function begin() {
   byId("docs").hidden = key.get() !== ""; // a link cannot show the key
+  byId("form").elements.prompt.value ||= sessionStorage.getItem(KEPT_PROMPT) ?? "";
+  sessionStorage.removeItem(KEPT_PROMPT);
   showState();
   setInterval(showState, STATE_EVERY);
   const { data } = await get("v1/models?schema=true");
@@ -241,4 +274,7 @@ async function begin() {
   await showHistory();
 }
 
-begin().catch(problem);
+begin().catch((error) => {
+  unready = error;
+  problem(error);
+});

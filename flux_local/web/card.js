@@ -9,6 +9,9 @@ const STREAMS = 3; // at a time: a browser has six connections for all of a page
 
 let streams = 0;
 
+/** Whether anything is being drawn that ends with this page. */
+export const streaming = () => streams > 0;
+
 export class Card {
   /** `on`: what the page does when a picture is opened, a request is refused, or the card goes away. */
   constructor(prompt, count, ratio, on) {
@@ -16,6 +19,8 @@ export class Card {
     this.id = null;
     this.params = null; // as run; unknown while this page streams it
     this.ended = false;
+    this.promising = false; // sent as a promise that the server has not made yet
+    this.unwanted = false; // by then
     this.prompt = prompt || "(no prompt)";
     this.abort = new AbortController();
     this.pictures = Array.from({ length: count }, () => el("div", { className: "blank" }));
@@ -77,12 +82,18 @@ export class Card {
 
   async #promise(request) {
     const params = { ...request.params, stream: false, partial_images: 0 };
-    const response = await draw({ ...request, params }, this.abort.signal, { prefer: "respond-async" });
-    this.follow(await response.json());
+    this.promising = true;
+    try {
+      this.follow(await (await draw({ ...request, params }, null, { prefer: "respond-async" })).json());
+    } finally {
+      this.promising = false;
+    }
+    if (this.unwanted) await this.stop();
   }
 
   #known(id) {
     this.id = this.element.dataset.id = id;
+    this.on.known(this);
   }
 
   /** Shows an entry of the history, and tells of its progress while it is not finished. */
@@ -139,8 +150,11 @@ export class Card {
     }
     for (const blank of this.frame.querySelectorAll(".blank")) blank.remove();
     if (!this.frame.querySelector("button")) this.dismissable();
+    const { ignored, prompt, prompt_2: longer } = entry.params;
     this.say(entry.params.delivered, `seed ${entry.params.seeds[0]}`, `${timings.total_s.toFixed(1)} s`,
-      flagged ? `${flagged} left out by the safety checker` : "", stored.length < data.length ? "not stored" : "");
+      flagged ? `${flagged} left out by the safety checker` : "", stored.length < data.length ? "not stored" : "",
+      ignored?.length ? `without effect: ${ignored.join(", ").replaceAll("_", " ")}` : "",
+      data.some((item) => item.revised_prompt !== (longer ?? prompt)) ? "the prompt was too long and was cut" : "");
   }
 
   show(index, source, item = null) {
@@ -172,23 +186,35 @@ export class Card {
 
   dismissable() {
     this.button.textContent = "Remove";
+    this.button.disabled = false;
     this.button.onclick = () => this.remove();
     this.element.append(this.button);
   }
 
   /** Ends a request that is under way: a stream with its connection, another by its id. */
   async stop() {
+    this.button.disabled = true;
+    if (this.promising) {
+      this.unwanted = true;
+      this.say("cancelling …");
+      return;
+    }
     if (this.isStreaming()) {
       this.abort.abort();
       return;
     }
     try {
       await call(`v1/images/requests/${this.id}`, { method: "DELETE" });
-      this.id = null;
-      this.fail("Cancelled.");
     } catch (error) {
-      this.say(error.message);
+      if (error.status !== 404) {
+        this.button.disabled = false;
+        this.say(error.message);
+        return;
+      }
     }
+    this.id = null;
+    delete this.element.dataset.id;
+    this.fail("Cancelled.");
   }
 
   /** Away with it, here and on the server; it stays where the server does not do so. */

@@ -22,6 +22,9 @@ export class Form {
       (isMain ? main : more).append(field.label);
     }
     main.append(...MAIN.map((name) => this.fields.get(name)?.label).filter(Boolean));
+    for (const name of ["aspect_ratio", "resolution"]) { // which an exact size would win over
+      this.fields.get(name).input.addEventListener("change", () => (this.fields.get("size").input.value = ""));
+    }
   }
 
   /** Shows what a kind of request takes: `generations` or `edits`. */
@@ -51,10 +54,10 @@ export class Form {
     return found;
   }
 
-  /** Sets the fields to the parameters of an entry of the history. */
-  fill(params) {
+  /** Sets the fields to what drew one picture of an entry of the history. */
+  fill(params, seed) {
     const known = {
-      seed: Number.isSafeInteger(params.seeds[0]) ? params.seeds[0] : null, n: params.seeds.length, size: params.delivered, num_inference_steps: params.steps,
+      seed: Number.isSafeInteger(seed) ? seed : null, n: 1, size: params.delivered, num_inference_steps: params.steps,
       cfg_scale: params.guidance, max_sequence_length: params.max_length, enable_safety_checker: params.check,
       output_compression: params.output_quality,
       loras: params.loras?.map(([name, scale]) => `${name}:${scale}`).join(", "),
@@ -66,6 +69,7 @@ export class Form {
       this.fields.get(row.name).input.value = isDefault ? "" : String(value);
     }
     for (const name of ["aspect_ratio", "resolution"]) this.fields.get(name).input.value = "";
+    this.fields.get("size").input.closest("details").open = true;
   }
 
   /** Marks the field that an error is about; null clears. */
