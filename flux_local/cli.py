@@ -142,8 +142,8 @@ def add_settings(command: argparse.ArgumentParser) -> None:
             add_setting(command, setting)
     add_config_file(command)
     command.epilog = (
-        f"API keys are no flag, since anyone on the machine can read those: {config.PREFIX}API_KEYS has them, by commas, "
-        "or the file of --api-keys-file."
+        f"API keys are no flag, since anyone on the machine can read those: {config.PREFIX}API_KEYS has them, by "
+        "commas, or the file of --api-keys-file."
     )
 
 

@@ -9,7 +9,7 @@ import subprocess
 import torch
 
 from flux_local.errors import StartError
-from flux_local.model.fp8 import ADA
+from flux_local.model.fp8 import has_products
 from flux_local.model.ops import Ops
 from flux_local.model.selfcheck import TRIAL, Finding, Sizes, accelerated, with_fp8_attention
 
@@ -29,11 +29,10 @@ def describe(device: str) -> str:
         if torch.device(device).index is not None:
             torch.cuda.set_device(device)  # Triton takes the current one
         free, total = torch.cuda.mem_get_info(device)
-        capability = torch.cuda.get_device_capability(device)
         torch.ones(8, device=device).sum().item()
     except (RuntimeError, AssertionError) as error:
         raise StartError(f"torch cannot use {device}: {error}. Use --devices cpu, or mend the driver.") from error
-    fp8 = "fp8 products" if capability >= ADA else "fp8 emulated"
+    fp8 = "fp8 products" if has_products(device) else "fp8 emulated"
     name, memory = torch.cuda.get_device_name(device), f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     return f"{name}, {memory}, {fp8}; driver {driver()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
 

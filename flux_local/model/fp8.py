@@ -22,6 +22,9 @@ from flux_local.model.transformer import FluxTransformer
 
 ADA = (8, 9)
 """CUDA capability from which there are fp8 products."""
+MENDED_FOR_ADA = (2, 12)
+"""The torch from which on they run there on the stream that is current; before, they wait for another, in vain (pytorch
+issue 177651)."""
 PRODUCT_TOLERANCE = 3e-2
 """Relative, of a product in fp8 against the emulation, which rounds to bf16 before it multiplies. Fast accumulation
 costs more than that: up to 2% of a number in sums of 4096 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2)."""
@@ -103,11 +106,26 @@ def conversion(device: torch.device, ops: Ops, native: bool | None = None) -> tu
     return (partial(Fp8Linear.of, quantise=ops.quantised), True) if native else (RoundedLinear.of, False)
 
 
-@cache
 def has_products(device: torch.device | str) -> bool:
     """Whether a device has matrix products in fp8, and they are right. Tried once."""
     device = torch.device(device)
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= ADA and agrees(device)
+    if device.type != "cuda":
+        return False
+    return tried(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def tried(index: int) -> bool:
+    """As `has_products`, of the GPU of that index."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability == ADA and torch_version() < MENDED_FOR_ADA:
+        log.warning("products in fp8 hang on this card with torch %s and are emulated; update it", torch.__version__)
+        return False
+    return capability >= ADA and agrees(torch.device("cuda", index))
+
+
+def torch_version() -> tuple[int, ...]:
+    return tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def agrees(device: torch.device) -> bool:
@@ -164,12 +182,11 @@ class Fp8Storage(torch.nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[out, in], as the module's own code may ask for it."""
-        unpacked: Tensor = (self.values.float() * self.scale).to(self.dtype)
-        return unpacked
+        """Empty: T5's own code asks it for its dtype at every layer, and for nothing else."""
+        return torch.empty(0, dtype=self.dtype, device=self.values.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        return torch.nn.functional.linear(x, (self.values.float() * self.scale).to(self.dtype), self.bias)
 
 
 def store_in_fp8(module: torch.nn.Module, device: str) -> None:

@@ -1,8 +1,8 @@
 """A function of tensors as CUDA graphs: one a shape, captured the first time and replayed from then on.
 
 Captured on the device and checked there against the function itself; what cannot be captured, or does not repeat its
-bits, runs as it is. Graphs share a pool of memory, so that they cost little more than the largest of them; the least
-used goes when there are too many. Knows nothing of what the function computes.
+bits, runs as it is. Graphs share a pool of memory, so that they cost little more than the largest of them; all go when
+there are too many. Knows nothing of what the function computes.
 
 A pool's blocks are never joined nor given back while a graph lives, so that what one graph left is of no use to a
 larger one. Hence a pool begins with one block that is large enough for all, and inputs and outputs lie outside of it.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakSet
@@ -30,7 +29,7 @@ log = logging.getLogger("flux_local.graphs")
 Shapes = tuple[torch.Size, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Captured:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -61,7 +60,7 @@ class Pool:
         self.aside = torch.cuda.Stream()
         """What is recorded runs there before, so that cuBLAS has its workspace of the stream by then: made during the
         first recording, it would lie in the pool for good, and keep the pool's block from being given back."""
-        self.kept: WeakSet[Captured] = WeakSet()
+        self.users: WeakSet[Graphs] = WeakSet()
         self.recordings = 0
         """Tried so far."""
         self.renew()
@@ -70,6 +69,17 @@ class Pool:
         """Has what is captured from now on take other memory; earlier graphs keep theirs."""
         self.handle = torch.cuda.graph_pool_handle()
         self.begun = False
+
+    def retire(self) -> None:
+        """Lets the graphs of all users go, and has what is captured from now on take other memory.
+
+        Never one alone: with a graph goes cuBLAS's workspace of the stream that it was recorded on (torch from 2.12 on,
+        pytorch issue 193402), whose address the others have in them.
+        """
+        torch.cuda.synchronize()
+        for user in self.users:
+            user.captured.clear()
+        self.renew()
 
     def begin(self) -> None:
         """While the first graph is recorded: takes the block that all are to use, and leaves it to them."""
@@ -99,7 +109,8 @@ class Graphs:
         self.function = function
         self.limit = limit
         self.pool = pool
-        self.captured: OrderedDict[Shapes, Captured] = OrderedDict()
+        pool.users.add(self)
+        self.captured: dict[Shapes, Captured] = {}
         self.refused: set[Shapes] = set()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -107,6 +118,8 @@ class Graphs:
         if shapes not in self.captured:
             if shapes in self.refused or self.pool.closed:
                 return self.function(*inputs)
+            if len(self.captured) >= self.limit:
+                self.pool.retire()
             stream = torch.cuda.current_stream()
             self.pool.recordings += 1
             try:
@@ -120,21 +133,16 @@ class Graphs:
                 self.refused.add(shapes)
                 if not isinstance(error, OtherBits):
                     self.pool.close()
-                elif not self.pool.kept:
-                    self.pool.renew()  # a pool whose only graph went is not recorded into again
+                with contextlib.suppress(RuntimeError):  # if the device is lost, the next call says so
+                    self.pool.retire()
                 return self.function(*inputs)
             self.captured[shapes] = captured
-            self.pool.kept.add(captured)
-            while len(self.captured) > self.limit:
-                self.captured.popitem(last=False)
             return output
-        self.captured.move_to_end(shapes)
         return self.captured[shapes].replay(inputs)
 
     def forget(self) -> None:
-        """Lets all graphs go. Their pool is not used again: without graphs it may be half gone."""
-        self.captured.clear()
-        self.pool.renew()
+        """Lets all graphs go, those of the pool's other users too."""
+        self.pool.retire()
 
     def capture(self, inputs: tuple[Tensor, ...]) -> tuple[Captured, Tensor]:
         """Records the function at these shapes; also gives what it is of these inputs.
@@ -156,6 +164,7 @@ class Graphs:
         captured = Captured(graph, static, output)
         replayed = captured.replay(inputs)
         if not same_bits(replayed, expected):
+            graph.reset()
             raise OtherBits("its replay gives other bits than the call")
         return captured, replayed
 

@@ -39,6 +39,9 @@ ATTENTIONS: dict[str, Backend] = {
     "efficient": efficient_attention,
 }
 """The fastest first (performance on Hopper at head size 128: FlashAttention-3, arXiv 2407.08608, figure 5)."""
+CUDNN_TO_MEND = 91500
+"""The last cuDNN, 9.15.0, whose attention errs inside a graph where a number of tokens is no multiple of 128 (pytorch
+issue 169849)."""
 TRIAL = Layout(1, 512, 1029)
 """FLUX.1's text, and a picture whose tokens divide by nothing, as those of most canvases do not."""
 SITE = Site(Vectors(0, 1, 2), Vectors(3, 4, 5))
@@ -104,6 +107,10 @@ def accelerated(sizes: Sizes, device: str, dtype: torch.dtype) -> tuple[Ops, lis
     else:
         ops, findings = choose(KERNELS, sizes, device, dtype)
     for name, backend in ATTENTIONS.items():
+        if name == "cudnn" and (torch.backends.cudnn.version() or 0) <= CUDNN_TO_MEND:
+            reason = "cuDNN before 9.15.1 errs at lengths that are no multiple of 128; update it"
+            findings.append(Finding("attention cudnn", False, None, reason))
+            continue
         attention = partial(attention_by, backend=backend)
         finding = replace(check("attention", attention, sizes, device, dtype), name=f"attention {name}")
         findings.append(finding)
