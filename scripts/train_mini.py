@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,19 +149,24 @@ def evaluate(options: argparse.Namespace) -> None:
     pipeline = load(options.out, options.device)
     world = WORLDS[options.world]
 
-    def measured(canvas: str, steps: int, count: int, words: bool = False) -> dict[str, float]:
+    def measured(
+        canvas: str, steps: int, count: int, words: bool = False, only: Collection[str] = ()
+    ) -> dict[str, float]:
         width, height = (int(side) for side in canvas.split("x"))
         with Progress() as bar:
             task = bar.add_task(canvas, total=count)
-            figures = measure(
-                pipeline, width, height, steps, count, partial(bar.advance, task, advance=1), world, words
-            )
+            advance = partial(bar.advance, task, advance=1)
+            figures = measure(pipeline, width, height, steps, count, advance, world, words, only)
         print(f"{canvas}, {steps} steps: {figures}", flush=True)
         return figures
 
     record: dict[str, Any] = {"world": world.name, "prompts": options.count, "steps": options.steps}
     record["canvases"] = {canvas: measured(canvas, options.steps, options.count) for canvas in options.canvases}
     if not options.brief:
+        record["one or two"] = {
+            canvas: measured(canvas, options.steps, 2 * options.count, only=("one", "two"))
+            for canvas in options.canvases[:3]
+        }
         record["by steps"] = {str(n): measured(options.canvases[0], n, options.count // 5) for n in STEP_COUNTS}
         if not world.words:
             record["other words"] = {

@@ -104,6 +104,11 @@ def measured(results: dict[str, Any]) -> str:
         f"{results['prompts']} prompts a canvas, as many of each kind, {results['steps']} steps. 'relation' means all "
         "objects right and where the prompt says.",
     ]
+    if "one or two" in results:
+        parts += [
+            table("one object or two", results["one or two"]),
+            f"{results['prompts']} prompts of each kind a canvas.",
+        ]
     if "other words" in results:
         parts += [
             table("the same, in other words", results["other words"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,10 @@ def evaluate(
     on_picture: Callable[[], None] = lambda: None,
     world: World = FIRST,
     words: bool = False,
+    only: Collection[str] = (),
 ) -> dict[str, float]:
-    """Percentages right, an equal share of the prompts for each kind of drawing that the world has."""
-    asked = kinds(count, width, height, world, words=words)
+    """Percentages right, an equal share of the prompts for each kind of drawing that the world has, or of `only`."""
+    asked = kinds(count, width, height, world, words=words, only=only)
     figures = {}
     for kind, chosen in asked.items():
         pictures = paint(pipeline, [q.prompt for q in chosen], width, height, steps)
@@ -118,7 +119,13 @@ def evaluate(
 
 
 def kinds(
-    count: int, width: int, height: int, world: World, seed: int = 1, words: bool = False
+    count: int,
+    width: int,
+    height: int,
+    world: World,
+    seed: int = 1,
+    words: bool = False,
+    only: Collection[str] = (),
 ) -> dict[str, list[Question]]:
     """`count` questions in all."""
     wanted: dict[str, dict[str, Any]] = {"one": {"things": 1}, "two": {"things": 2}}
@@ -128,6 +135,7 @@ def kinds(
         wanted["placed"] = {"things": 1, "placed": True}
     if len(world.patterns) > 1:
         wanted["patterned"] = {"things": 1, "pattern": "any"}
+    wanted = {kind: how for kind, how in wanted.items() if not only or kind in only}
     return {
         kind: questions(count // len(wanted), width=width, height=height, seed=seed, world=world, words=words, **how)
         for kind, how in wanted.items()
