@@ -364,9 +364,7 @@ class Engine:
             elif decoded[1] is None and flagged:
                 self.deliver(self.drawings[decoded[0]], b"", flagged=True)
             elif decoded[1] is None:
-                failed = InternalError(
-                    "The safety checker failed on the picture, which is therefore kept back. Try again."
-                )
+                failed = InternalError("The safety checker failed on the picture, which is kept back. Try again.")
                 self.end_with(self.drawings[decoded[0]], failed)
 
     def redraw_or_give_up(self, drawing: Drawing) -> None:

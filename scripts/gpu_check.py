@@ -41,6 +41,7 @@ from torch import Tensor, nn  # noqa: E402
 from flux_local.model import memory  # noqa: E402
 from flux_local.model.denoiser import Denoiser, Picture  # noqa: E402
 from flux_local.model.fp8 import ADA, in_fp8  # noqa: E402
+from flux_local.model.geometry import Geometry  # noqa: E402
 from flux_local.model.graphs import Graphs, Pool, recorded  # noqa: E402
 from flux_local.model.latents import initial_noise  # noqa: E402
 from flux_local.model.layers import Layers  # noqa: E402
@@ -49,7 +50,7 @@ from flux_local.model.reference import ReferenceTransformer  # noqa: E402
 from flux_local.model.schedule import FlowSchedule  # noqa: E402
 from flux_local.model.selfcheck import Finding, Sizes, accelerated, with_fp8_attention  # noqa: E402
 from flux_local.model.text import PromptEmbedding  # noqa: E402
-from flux_local.model.transformer import FluxTransformer, Geometry  # noqa: E402
+from flux_local.model.transformer import FluxTransformer  # noqa: E402
 from flux_local.model.vae import Autoencoder  # noqa: E402
 from flux_local.steps import LEVELS, formula  # noqa: E402
 

@@ -27,12 +27,13 @@ from torch import Tensor
 from flux_local.errors import InvalidValue
 from flux_local.model.checkpoint import Part, of_folder
 from flux_local.model.fp8 import in_fp8
+from flux_local.model.geometry import Geometry
 from flux_local.model.headers import read_header
 from flux_local.model.layers import Layers
 from flux_local.model.loader import load
 from flux_local.model.lora import KEPT, Adapters, Factors, read, shapes
 from flux_local.model.tensors import Tensors
-from flux_local.model.transformer import FluxTransformer, Geometry
+from flux_local.model.transformer import FluxTransformer
 from tests.servers import MODEL, ROOT, Server, pictures, running
 from tests.test_transformer import SMALL, prompt_of, random_module
 

@@ -17,11 +17,12 @@ from PIL import Image
 
 from flux_local.model.fp8 import PRODUCT_TOLERANCE, Fp8Linear, RoundedLinear, in_fp8, product_error, rounded
 from flux_local.model.fp8_attention import scales
+from flux_local.model.geometry import Geometry
 from flux_local.model.latents import initial_noise
 from flux_local.model.layers import Layers, Linear
 from flux_local.model.loader import Pipeline
 from flux_local.model.ops import LARGEST, Layout, Ops, Rows, heads_quantised, part, quantised
-from flux_local.model.transformer import FluxTransformer, Geometry
+from flux_local.model.transformer import FluxTransformer
 from tests.servers import Server, pictures, running
 from tests.test_transformer import SMALL, prompt_of, random_module
 

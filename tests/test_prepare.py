@@ -17,11 +17,12 @@ from flux_local.errors import WeightsError
 from flux_local.model import prepared
 from flux_local.model.checkpoint import identify
 from flux_local.model.fp8 import Fp8Linear, conversion
+from flux_local.model.geometry import Geometry
 from flux_local.model.layers import Layers
 from flux_local.model.loader import load, weights_of
 from flux_local.model.ops import Ops
 from flux_local.model.prepared import PreparedLayers, Target
-from flux_local.model.transformer import FluxTransformer, Geometry
+from flux_local.model.transformer import FluxTransformer
 from tests.servers import MODEL, ROOT, environment, pictures, running
 from tests.test_formats import drawn
 

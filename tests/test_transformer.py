@@ -9,13 +9,14 @@ import torch
 
 from flux_local.model.denoiser import Denoiser, Picture
 from flux_local.model.flux1 import TRANSFORMER
+from flux_local.model.geometry import Geometry
 from flux_local.model.latents import initial_noise
 from flux_local.model.layers import Layers
 from flux_local.model.loader import Pipeline
 from flux_local.model.ops import Layout, gathered, scattered
 from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.text import PromptEmbedding
-from flux_local.model.transformer import FluxTransformer, Geometry
+from flux_local.model.transformer import FluxTransformer
 from tests.servers import MODEL
 
 TOLERANCE = 1e-5

@@ -18,6 +18,7 @@ from flux_local.model.checkpoint import Checkpoint, Component, Part, identify
 from flux_local.model.denoiser import Denoiser, Keep, Picture, noised
 from flux_local.model.fp8 import conversion, has_products, in_fp8, store_in_fp8
 from flux_local.model.fp8_attention import ADVICE
+from flux_local.model.geometry import Geometry
 from flux_local.model.latents import initial_noise
 from flux_local.model.layers import Layers, Weights
 from flux_local.model.lora import Adapters, Choice
@@ -29,7 +30,7 @@ from flux_local.model.schedule import FlowSchedule
 from flux_local.model.selfcheck import TRIAL, Sizes, accelerated, with_fp8_attention
 from flux_local.model.tensors import Tensors
 from flux_local.model.text import PromptCache, PromptEmbedding, PromptEncoder
-from flux_local.model.transformer import FluxTransformer, Geometry
+from flux_local.model.transformer import FluxTransformer
 from flux_local.model.vae import Autoencoder
 
 NO_ROOM = (

@@ -22,10 +22,11 @@ from torch import Tensor
 from flux_local.errors import WeightsError
 from flux_local.model.checkpoint import Checkpoint
 from flux_local.model.fp8 import Fp8Linear, RoundedLinear
+from flux_local.model.geometry import Geometry
 from flux_local.model.headers import read_header
 from flux_local.model.layers import HostLinear, Layers, Linear, Weights, same
 from flux_local.model.ops import Rows, quantised
-from flux_local.model.transformer import FluxTransformer, Geometry
+from flux_local.model.transformer import FluxTransformer
 
 LAYOUT = 1
 """Of these files; counted up when what is in them changes."""

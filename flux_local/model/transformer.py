@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flux_local.model import fp8_attention
+from flux_local.model.geometry import Geometry
 from flux_local.model.graphs import Graphs, recorded
 from flux_local.model.latents import position_ids
 from flux_local.model.layers import Layers, Linear
@@ -37,30 +37,6 @@ TIMESTEPS = 1000
 
 Branch = Callable[[Activation, Tensor, Layout], Tensor]
 """Normalised rows, the rotary table and the layout → what is added to the residual stream."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The numbers that make one FLUX transformer different from another."""
-
-    heads: int
-    head_size: int
-    double_blocks: int
-    single_blocks: int
-    guided: bool
-    rotary_axes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Geometry:
-        """From the `config.json` of a `FluxTransformer2DModel`."""
-        return cls(
-            config["num_attention_heads"], config["attention_head_dim"], config["num_layers"],
-            config["num_single_layers"], config["guidance_embeds"], tuple(config["axes_dims_rope"]),
-        )  # fmt: skip
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.head_size
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flux_local.model.transformer import Geometry
+from flux_local.model.geometry import Geometry
 
 from .scale import Scale
 from .timing import milliseconds
