@@ -82,9 +82,8 @@ things were still too small for what it could outline, and it took hexagons for 
 hexagon's place, what has a place or stands in a row became larger, and it practised again (`--only-practice`). One
 picture in a hundred then went astray at a noise level of 0.9, where it believed what it saw more than the prompt: with
 twelve colours that is too early, and so it practised once more, and after that for its outlines. From nothing, the
-script trains 9,000 steps at 128²,
-{last:,} at the nine canvases of that area that the size table's ratios come to, and practises for {practice:,} over all
-of them; the committed weights were not made by that one command.
+script trains 9,000 steps at 128², {last:,} at the nine canvases of that area that the size table's ratios come to, and
+practises for {practice:,} over all of them; the committed weights were not made by that one command.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """
