@@ -30,15 +30,15 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from flux_local.model import kernels  # noqa: E402
+from flux_local.model import kernels, vae_kernels  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TYPES = {"x": "*bf16", "branch": "*bf16", "modulation": "*bf16", "qkv": "*bf16", "weights": "*bf16", "out": "*bf16",
-         "rotary": "*fp32", "sums": "*fp32", "scale": "*fp32", "shift": "*fp32", "scales": "*fp32",
-         "value_scale": "*fp32", "found": "*fp32", "values": "*fp8e4nv",
-         "epsilon": "fp32", "largest": "fp32", "tiny": "fp32"}  # fmt: skip
+TYPES = {"x": "*bf16", "branch": "*bf16", "beside": "*bf16", "modulation": "*bf16", "qkv": "*bf16", "weights": "*bf16",
+         "out": "*bf16", "rotary": "*fp32", "sums": "*fp32", "scale": "*fp32", "shift": "*fp32", "scales": "*fp32",
+         "value_scale": "*fp32", "weight": "*bf16", "bias": "*bf16", "addend": "*bf16", "found": "*fp32",
+         "values": "*fp8e4nv", "epsilon": "fp32", "largest": "fp32", "tiny": "fp32"}  # fmt: skip
 """Of arguments by name; all others are whole numbers."""
-ALIGNED = {"width", "row_stride", "size", "picture_stride", "stream_stride", "channels", "first"}
+ALIGNED = {"width", "row_stride", "beside_stride", "size", "picture_stride", "stream_stride", "channels", "first"}
 """Numbers that FLUX.1's sizes make multiples of 16."""
 
 
@@ -60,23 +60,36 @@ Launch = tuple[Any, dict[str, Any], dict[str, str], int]
 def launches() -> list[Launch]:
     """All kernels as FLUX.1's sizes launch them."""
     norms: list[Launch] = [
-        (kernels._add_norm, {"ADD": add, "FP8": fp8, "BLOCK": 4096}, {"out": "*fp8e4nv"} if fp8 else {}, 8)
+        (
+            kernels._add_norm,
+            {"ADD": add, "FP8": fp8, "BLOCK": 4096},
+            {"out": "*fp8e4nv"} if fp8 else {},
+            4 if fp8 else 8,
+        )
         for add in (True, False)
         for fp8 in (True, False)
     ]
     quantised: list[Launch] = [
-        (kernels._gelu_quantise, {"GELU": gelu, "BLOCK": block}, {}, 16 if block > 4096 else 8)
-        for gelu, block in ((True, 16384), (False, 4096))
+        (kernels._quantise, {"FIRST": first, "GELU": gelu, "BLOCK": block}, {}, 16 if block > 4096 else 8)
+        for first, gelu, block in ((True, True, 16384), (False, True, 16384), (False, False, 4096))
     ]
     return [
         *norms,
         *quantised,
-        (kernels._norm_rotate, {"FP8": False, "HEADS": 32, "SIZE": 128}, {}, 4),
-        (kernels._norm_rotate, {"FP8": True, "HEADS": 32, "SIZE": 128}, {"out": "*fp8e4nv"}, 8),
-        (kernels._largest_values, {"TOKENS": kernels.TOKENS, "HEADS": 32, "SIZE": 128}, {}, 4),
-        (kernels._gelu, {"BLOCK": kernels.GELU_BLOCK}, {}, 4),
-        (kernels._channel_sums, {"PIXELS": kernels.PIXELS, "ROWS": 32, "CHANNELS": 128}, {}, 8),
-        (kernels._scale_shift_silu, {"ROWS": 32, "CHANNELS": 128}, {}, 8),
+        (kernels._norm_rotate, {"FP8": False, "HEADS": kernels.HEADS, "SIZE": 128}, {}, 2),
+        (kernels._norm_rotate, {"FP8": True, "HEADS": kernels.HEADS, "SIZE": 128}, {"out": "*fp8e4nv"}, 1),
+        (kernels._gelu_beside, {"BLOCK": kernels.GELU_BLOCK}, {}, 4),
+        (kernels._value_scales, {"TOKENS": kernels.TOKENS, "HEADS": kernels.HEADS, "SIZE": 128}, {}, 4),
+        (vae_kernels._channel_sums, {"STAGES": vae_kernels.STAGES, "ROWS": 32, "CHANNELS": 128}, {}, 8),
+        (
+            vae_kernels._scale_and_shift,
+            {"ADD": True, "PER_GROUP": 4, "STAGES": vae_kernels.STAGES, "ROWS": 512, "GROUP": 4},
+            {},
+            8,
+        ),
+        (vae_kernels._scale_shift_silu, {"ROWS": 32, "CHANNELS": 128}, {}, 8),
+        (vae_kernels._residual_sum, {"ROWS": 32, "CHANNELS": 128}, {}, 8),
+        (vae_kernels._doubled, {"ROWS": 8, "CHANNELS": 512}, {}, 8),
     ]
 
 
@@ -95,7 +108,7 @@ def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], warp
         usage = said(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
         code = said(TOOLS / "nvdisasm", file.name)
     registers, stack, local = (int(n) for n in re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)[0])
-    reads = re.findall(r"\bLDG\.E\S*", code)
+    reads = re.findall(r"\bLDG(?:STS)?\.E\S*", code)
     narrow = [read for read in reads if re.search(r"\.(U8|S8|U16|S16)\b", read)]
     return Found(
         kernel.fn.__name__, " ".join(f"{n}={v}" for n, v in constants.items()), capability, registers, stack + local,
@@ -117,7 +130,7 @@ def main() -> int:
         print(f"{f.kernel:18} {f.constants:36} {f.capability}  {f.registers:3} registers, {f.spilled} spilled, "
               f"{f.wide_reads} reads of 16 bytes, {f.narrow_reads} of one or two")  # fmt: skip
     print(json.dumps([asdict(f) for f in found]))
-    return 1 if any(f.spilled or not f.wide_reads or f.narrow_reads > 1 for f in found) else 0
+    return 1 if any(f.spilled or not f.wide_reads or f.narrow_reads > f.wide_reads for f in found) else 0
 
 
 if __name__ == "__main__":

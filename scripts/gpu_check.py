@@ -18,7 +18,6 @@ import gc
 import io
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -33,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
-from proof import ceilings  # noqa: E402
+from proof import ceilings, peers  # noqa: E402
 from proof.scale import REAL, SMALL, Scale  # noqa: E402
 from proof.timing import TIMED, WARM_UPS, milliseconds  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -49,6 +48,7 @@ from flux_local.model.ops import Layout, Ops  # noqa: E402
 from flux_local.model.reference import ReferenceTransformer  # noqa: E402
 from flux_local.model.schedule import FlowSchedule  # noqa: E402
 from flux_local.model.selfcheck import Finding, Sizes, accelerated, with_fp8_attention  # noqa: E402
+from flux_local.model.t5 import T5Encoder, fastest  # noqa: E402
 from flux_local.model.text import PromptEmbedding  # noqa: E402
 from flux_local.model.transformer import FluxTransformer  # noqa: E402
 from flux_local.model.vae import Autoencoder  # noqa: E402
@@ -81,7 +81,8 @@ class Report:
     independent: dict[str, bool] = field(default_factory=dict)
     """Whether bits depend on the batch: no failure, since the engine then leaves such batches alone."""
     timings: dict[str, Any] = field(default_factory=dict)
-    profile: list[dict[str, Any]] = field(default_factory=list)
+    profile: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By precision, the kernels of one step alone, which a card that its power limits does faster than one of many."""
     memory: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -185,8 +186,18 @@ class Bench:
             for finding in findings:
                 self.report.found(f"kernel {finding.name}, batch {batch}", finding)
             if batch == 1:
+                self.report.check("e4m3 as torch rounds it", self.rounds_as_torch(ops))
                 self.ops = ops
                 self.ops = self.fp8_attention(ops, sizes)
+
+    def rounds_as_torch(self, ops: Ops) -> bool:
+        """Whether all numbers of e4m3, the middles between them, and what lies just beside become the same numbers."""
+        grid = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        middle = (grid[1:] + grid[:-1]) / 2
+        row = torch.cat([grid, middle, middle.nextafter(grid[1:]), middle.nextafter(grid[:-1])]).to(self.device)
+        rows = torch.stack([row, -row])
+        found, expected = ops.quantised(rows), Ops().quantised(rows)
+        return torch.equal(found.values.float(), expected.values.float())
 
     def fp8_attention(self, ops: Ops, sizes: Sizes) -> Ops:
         """With the first library that does attention in fp8; that none is there is no failure."""
@@ -335,7 +346,7 @@ class Bench:
         denoiser.pace.finish()
         if (seconds := denoiser.pace.token_seconds) is not None:
             own = self.report.timings.setdefault("step_ms_by_own_clock", [])
-            own.append([ms, 1000 * seconds * batch * side * side // 256])
+            own.append([ms, 1000 * seconds * batch * (side * side // 256)])
         return ms
 
     def steps(self) -> None:
@@ -350,7 +361,7 @@ class Bench:
                 f"diffusers eager {side}": (self.theirs, self.scale.batches),
             }
             for name, (transformer, batches) in rows.items():
-                for batch in batches if transformer is not None else ():
+                for batch in self.batches_at(side, batches) if transformer is not None else ():
                     with self.attempt(f"step, {name}, batch {batch}"):
                         ms = table.setdefault(name, {})[str(batch)] = self.step_ms(transformer, side, batch)
                         say(f"  {name:34} batch {batch}: {ms:.2f} ms")
@@ -363,6 +374,10 @@ class Bench:
                     f"CUDA graphs, {name}", bool(graphs.captured) and not graphs.refused,
                     captured=len(graphs.captured), refused=[[list(shape) for shape in s] for s in graphs.refused],
                 )  # fmt: skip
+
+    def batches_at(self, side: int, batches: tuple[int, ...]) -> tuple[int, ...]:
+        """Those that a server would have at this canvas: no more at once than fill one of the largest."""
+        return tuple(batch for batch in batches if batch == 1 or batch * side**2 <= self.scale.sides[0] ** 2)
 
     def graphs_in_turn(self) -> None:
         """More shapes than there may be graphs, over and over: what is let go takes nothing of the others with it."""
@@ -383,28 +398,64 @@ class Bench:
         table[f"diffusers compiled {side}"] = {"1": self.step_ms(self.theirs, side, 1)}
         say(f"  diffusers compiled {side}: {table[f'diffusers compiled {side}']['1']:.2f} ms")
 
+    def others(self) -> None:
+        """What other packages make of diffusers' module, where they are installed; last, since they change it."""
+        if not self.cuda:
+            say("  only on a GPU")
+            return
+        table, side = self.report.timings["step_ms"], self.scale.sides[0]
+        for policy in (None, "medium"):
+            try:
+                with peers.cache_dit_steps(self.module, self.scale.steps, policy) as cached:
+                    seconds = self.milliseconds(lambda: self.loop(side, cached.begin)) / 1000
+                    found = {"denoising_s": seconds, "computed": cached.computed(), "steps": self.scale.steps}
+            except ImportError as error:
+                say(f"  cache-dit: not installed ({error})")
+                break
+            self.report.timings[f"cache-dit {policy or 'by threshold'} {side}"] = found
+            say(f"  cache-dit, {policy or 'by threshold'}: {found}")
+        try:
+            peers.torchao_fp8(self.module)
+        except ImportError as error:
+            say(f"  torchao: not installed ({error})")
+            return
+        table[f"diffusers with torchao's fp8, compiled {side}"] = {"1": (ms := self.step_ms(self.theirs, side, 1))}
+        say(f"  torchao's fp8, compiled: {ms:.2f} ms")
+
+    def loop(self, side: int, begin: Callable[[], None]) -> None:
+        """All steps of a picture through diffusers' module."""
+        begin()
+        pictures, denoiser = self.pictures(self.theirs, side, 1, self.scale.steps), Denoiser(self.theirs)
+        while pictures[0].steps_left:
+            denoiser.advance(pictures)
+
     def profile(self) -> None:
-        """One step of ours at the first side, by kernel."""
+        """One step of ours in each precision at the first side, by kernel."""
         if not self.cuda:
             say("  only on a GPU")
             return
         from torch.profiler import ProfilerActivity, profile
 
-        denoiser, pictures = Denoiser(self.ours), self.pictures(self.ours, self.scale.sides[0], 1, 8)
-        denoiser.advance(pictures)
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for name, transformer in (("own precision", self.ours), ("fp8", self.fast), ("fp8 attention", self.fastest)):
+            if transformer is None:
+                continue
+            denoiser, pictures = Denoiser(transformer), self.pictures(transformer, self.scale.sides[0], 1, 8)
             denoiser.advance(pictures)
             torch.cuda.synchronize()
-        rows = sorted(recorded.key_averages(), key=lambda row: -row.self_device_time_total)
-        total = sum(row.self_device_time_total for row in rows) or 1.0
-        self.report.profile = [
-            {"kernel": row.key[:120], "calls": row.count, "ms": row.self_device_time_total / 1000,
-             "share": row.self_device_time_total / total}
-            for row in rows[:24]
-        ]  # fmt: skip
-        for row in self.report.profile:
-            say(f"  {row['ms']:8.3f} ms  {100 * row['share']:5.1f}%  {row['calls']:4} × {row['kernel'][:90]}")
+            with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+                denoiser.advance(pictures)
+                torch.cuda.synchronize()
+            rows = [row for row in recorded.key_averages() if row.self_device_time_total > 0]
+            rows.sort(key=lambda row: -row.self_device_time_total)
+            total = sum(row.self_device_time_total for row in rows) or 1.0
+            self.report.profile[name] = [
+                {"kernel": row.key[:120], "calls": row.count, "ms": row.self_device_time_total / 1000,
+                 "share": row.self_device_time_total / total}
+                for row in rows[:24]
+            ]  # fmt: skip
+            say(f"  {name}, {total / 1000:.2f} ms")
+            for row in self.report.profile[name]:
+                say(f"  {row['ms']:8.3f} ms  {100 * row['share']:5.1f}%  {row['calls']:4} × {row['kernel'][:90]}")
 
     def around(self) -> None:
         """What lies around the steps, then whole pictures: prompt, steps, decoding, PNG."""
@@ -413,30 +464,33 @@ class Bench:
         from transformers import T5Config, T5EncoderModel
 
         t5 = self.filled(lambda: T5EncoderModel(T5Config(**self.scale.t5, feed_forward_proj="gated-gelu")))
-        tokens = torch.ones(1, self.scale.text, dtype=torch.long, device=self.device)
+        tokens = torch.arange(self.scale.text, device=self.device)[None]
         kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
         vae = Autoencoder(self.filled(lambda: AutoencoderKL(**self.scale.vae, **kinds)), self.ops)
         timings = self.report.timings
         with torch.inference_mode():
-            timings["t5_ms"] = self.milliseconds(lambda: t5(tokens).last_hidden_state)
-            say(f"  T5: {timings['t5_ms']:.2f} ms")
+            read = self.reader(t5)
+            for name, work in (("t5_ms", read), ("t5_by_transformers_ms", lambda ids: t5(ids).last_hidden_state)):
+                timings[name] = self.milliseconds(lambda: work(tokens))  # noqa: B023
+            say(f"  T5: {timings['t5_ms']:.2f} ms, by transformers {timings['t5_by_transformers_ms']:.2f} ms")
             for side in self.scale.sides:
                 noise = initial_noise(0, side, side).to(self.device, self.dtype)
                 timings[f"decode_{side}_ms"] = self.milliseconds(lambda: vae.decode(noise, side, side))  # noqa: B023
                 say(f"  decoding at {side}²: {timings[f'decode_{side}_ms']:.2f} ms")
             whole = {}
             transformers = [t for t in (self.ours, self.fast, self.fastest) if t is not None]
-            modes = list(product(transformers, LEVELS))
-            for side, (transformer, level) in product((self.scale.sides[0], self.scale.sides[-1]), modes):
+            modes = [(self.scale.sides[0], *mode) for mode in product(transformers, LEVELS)]
+            modes += [(self.scale.sides[-1], transformer, "none") for transformer in transformers]
+            for side, transformer, level in modes:
                 denoiser, mask = Denoiser(transformer), formula(level, self.scale.steps)
                 precision = "own precision" if transformer is self.ours else "fp8"
                 name = f"{side}² {precision}, attention {transformer.attention_by}, acceleration {level}"
                 taken = []
-                for _ in range(3):
+                for _ in range(2):
                     if self.cuda:
                         torch.cuda.synchronize()
                     began = time.perf_counter()
-                    t5(tokens)
+                    read(tokens)
                     pictures = self.pictures(transformer, side, 1, self.scale.steps)
                     pictures[0].computed = mask
                     while pictures[0].steps_left:
@@ -444,9 +498,18 @@ class Bench:
                     pixels = vae.decode(pictures[0].latents, side, side)
                     Image.frombytes("RGB", (side, side), pixels).save(io.BytesIO(), "PNG", compress_level=1)
                     taken.append(time.perf_counter() - began)
-                whole[name] = statistics.median(taken)
+                whole[name] = min(taken)
                 say(f"  whole picture, {name}, {self.scale.steps} steps: {whole[name]:.3f} s")
             timings["picture_s"] = whole
+
+    def reader(self, t5: Any) -> Callable[[Tensor], Tensor]:
+        """T5 as the server has it on this device."""
+        if not self.cuda:
+            return lambda ids: t5(ids).last_hidden_state
+        device = torch.device(self.device)
+        found = fastest(t5, self.scale.text, device)
+        self.report.check("T5 is ours", isinstance(found, T5Encoder))
+        return recorded(found, device)
 
     def run(self) -> Report:
         stages = {
@@ -454,6 +517,7 @@ class Bench:
             "Kernels": self.kernels, "Building FLUX.1 with random weights": self.build,
             "Correctness": self.correctness, "Steps": self.steps, "Around the steps": self.around,
             "Profile of one step": self.profile, "diffusers compiled": self.compiled,
+            "Other packages": self.others,
         }  # fmt: skip
         for name, work in stages.items():
             with self.stage(name):

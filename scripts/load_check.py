@@ -1,24 +1,29 @@
 #!/usr/bin/env python3
-"""What loading FLUX.1 costs on this card: seconds a gigabyte, memory of host and device, and a change of adapters.
+"""What loading FLUX.1 costs on this card, and what a client waits then: seconds a gigabyte, memory, adapters.
 
     make load-check           (or: scripts/load_check.py --out docs/benchmarks/CARD-load.json)
 
 Writes FLUX.1's whole architecture with random weights to a folder (36 GB; --folder says where), then loads it in a
-process of its own in each way that the memory can be used, draws a step of the largest canvas and decodes, and compares
-the device's peak with the plan. Needs torch, triton, diffusers, transformers, accelerate and safetensors. Ends with a
+process of its own in each way that the memory can be used, draws a picture, then a step of the largest canvas, and
+compares the device's peak with the plan. Last it serves the folder and asks for pictures over HTTP, where all that
+flux-local needs is installed. Needs torch, triton, diffusers, transformers, accelerate and safetensors. Ends with a
 table and one JSON document, and exits 1 when a check fails. `--small` runs it at toy sizes, on a CPU too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +50,21 @@ HOST = 1.3
 SWITCH = 0.5
 """Seconds for a change of adapters in fp8."""
 RANK = 16
+STEPS = 28
+REQUESTS = 3
+"""Of each kind over HTTP, after one that does not count."""
+TOKENS = 512
+"""Of T5's, as FLUX.1 reads them."""
+SERVERS = {"served": list[str](), "with fp8 attention": ["--fp8-attention"]}
+"""By name, the flags that a server is started with; the second fails where no library does that attention."""
+BODIES: dict[str, dict[str, Any]] = {
+    "1024²": {"size": "1024x1024"},
+    "1024² go_fast": {"size": "1024x1024", "go_fast": True},
+    "1024² go_fast regular": {"size": "1024x1024", "go_fast": True, "acceleration": "regular"},
+    "1024² go_fast high": {"size": "1024x1024", "go_fast": True, "acceleration": "high"},
+    "512²": {"size": "512x512"},
+    "512² go_fast": {"size": "512x512", "go_fast": True},
+}
 
 
 def write_model(folder: Path, device: str, scale: Scale) -> None:
@@ -65,17 +85,49 @@ def write_model(folder: Path, device: str, scale: Scale) -> None:
     }
     for name, make in parts.items():
         module = bench.filled(make)
-        module.save_pretrained(folder / name, max_shard_size="10GB")
+        write_tensors(module, folder / name, "diffusion_pytorch_model" if name in ("transformer", "vae") else "model")
+        if hasattr(module, "save_config"):
+            module.save_config(folder / name)
+        else:
+            module.config.save_pretrained(folder / name)
         del module
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(EMBEDDED / name, folder / name)
+    config = folder / "tokenizer_2" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": TOKENS}))
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
 
 
-def load_once(folder: Path, device: str, tier: memory.Tier, side: int) -> dict[str, Any]:
-    """Loads, draws a step, decodes, and changes adapters; what each of that took."""
+def write_tensors(module: Any, folder: Path, name: str) -> None:
+    """A module's tensors in files of 2 GB and an index, several at a time."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    state = dict({tensor.data_ptr(): (key, tensor) for key, tensor in reversed(module.state_dict().items())}.values())
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern=name + "{suffix}.safetensors", max_shard_size="2GB"
+    )
+
+    def write(file: str) -> None:
+        tensors = {key: state[key].cpu() for key in split.filename_to_tensors[file]}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, split.filename_to_tensors))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def load_once(folder: Path, device: str, tier: memory.Tier, side: int, born: float) -> dict[str, Any]:
+    """Loads, draws a picture and a step of the largest canvas, and changes adapters; what each of that took.
+
+    Args:
+        born: when the process was started, by the clock on the wall.
+    """
     import diffusers  # noqa: F401, its import is no part of loading
     import transformers  # noqa: F401
 
@@ -98,6 +150,13 @@ def load_once(folder: Path, device: str, tier: memory.Tier, side: int) -> dict[s
         "host_gb": watch.held / 1e9, "host_planned_gb": pipeline.plan.host / 1e9,
         "largest_shard_gb": max(header.size for header in transformer.headers) / 1e9,
     }  # fmt: skip
+    if tier != "offload":
+        first = min(side, 1024)
+        picture = pipeline.begin(pipeline.text.encode("first"), first, first, seed=0, steps=STEPS, guidance=4.5)
+        while picture.steps_left:
+            pipeline.denoiser.advance([picture])
+        pipeline.vae.decode(picture.latents, first, first)
+        found["start_to_first_picture_s"] = time.time() - born
     picture = pipeline.begin(pipeline.text.encode("a step"), side, side, seed=0, steps=2, guidance=4.5)
     pipeline.denoiser.advance([picture])
     pipeline.denoiser.advance([picture])
@@ -150,10 +209,35 @@ def judge(found: dict[str, Any]) -> list[str]:
 def child(folder: Path, device: str, tier: str, side: int) -> dict[str, Any]:
     """`load_once` in a process of its own, so that nothing is left of the one before."""
     command = [sys.executable, __file__, "--child", tier, "--folder", str(folder), "--device", device]
-    done = subprocess.run([*command, "--side", str(side)], capture_output=True, text=True)
+    command += ["--side", str(side), "--born", str(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"tier": tier, "failed": (done.stderr.strip().splitlines() or ["no word"])[-1]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def served(folder: Path, device: str, flags: list[str], bodies: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Seconds to ready and to the first picture, and what a lone client waits for each kind of request."""
+    try:
+        from flux_local import bench
+        from flux_local.errors import StartError
+    except ImportError as error:
+        return {"skipped": f"not installed ({error})"}
+    found: dict[str, Any] = {"flags": flags}
+    try:
+        with contextlib.ExitStack() as stack:
+            server = bench.own_server(["--model", str(folder), "--devices", device, *flags])
+            url, found["ready_s"] = stack.enter_context(server)
+            client = stack.enter_context(bench.client_of(url, None, 1))
+            found["server"] = bench.ready(client)
+            for name, body in bodies.items():
+                request = bench.requester(client, {"prompt": "a picture", "steps": STEPS, **body})
+                first = bench.timed(partial(request, -1))
+                found.setdefault("first_picture_s", found["ready_s"] + first)
+                found[name] = statistics.median(bench.timed(partial(request, i)) for i in range(REQUESTS))
+    except StartError as error:
+        found["failed"] = str(error)
     return found
 
 
@@ -166,9 +250,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write the JSON document here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--side", type=int, default=LARGEST, help=argparse.SUPPRESS)
+    parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(load_once(options.folder, options.device, options.child, options.side)))
+        print(json.dumps(load_once(options.folder, options.device, options.child, options.side, options.born)))
         return 0
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("load_check: torch sees no GPU. Try --device cpu --small to see what this does.", file=sys.stderr)
@@ -191,22 +276,37 @@ def main() -> int:
         say(f"model written in {time.perf_counter() - began:.0f} s")
         if options.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        found = []
-        for tier in options.tiers.split(","):
+        found: list[dict[str, Any]] = []
+        server: dict[str, Any] = {}
+        document: dict[str, Any] = {"loads": found, "served": server, "failed": [], "small": options.small}
+
+        def write() -> None:  # what is known by then, whatever comes after
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(document, indent=2) + "\n")
+
+        for tier in filter(None, options.tiers.split(",")):
             found.append(child(folder, options.device, tier, 128 if options.small else options.side))
             say(json.dumps(found[-1]))
+            write()
+        kinds = {"64²": {"size": "128x128"}} if options.small else BODIES
+        for name, flags in SERVERS.items():
+            wanted = {kind: body for kind, body in kinds.items() if not flags or "go_fast" in body}
+            server[name] = served(folder, options.device, flags, wanted)
+            say(f"{name}: {json.dumps(server[name])}")
+            write()
     failed = [f"{one['tier']}: {one['failed']}" for one in found if "failed" in one]
     failed += [reason for one in found if "failed" not in one and not options.small for reason in judge(one)]
+    if "failed" in server["served"]:
+        failed.append(f"served: {server['served']['failed']}")
     say(f"\n{'tier':10}{'load s':>8}{'s a GB':>8}{'host GB':>9}{'planned':>9}{'peak GB':>9}{'reserved':>10}")
     for one in found:
         if "failed" not in one:
             say(f"{one['tier']:10}{one['load_s']:8.1f}{one['s_per_gb']:8.2f}{one['host_gb']:9.2f}"
                 f"{one['planned_gb']:9.1f}{one.get('peak_gb', 0):9.1f}{one.get('reserved_gb', 0):10.1f}")  # fmt: skip
     say(f"\n{len(failed)} failed{': ' + '; '.join(failed) if failed else ''}")
-    document = {"loads": found, "failed": failed, "small": options.small}
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(document, indent=2) + "\n")
+    document["failed"] = failed
+    write()
     print(json.dumps(document))
     return 1 if failed else 0
 

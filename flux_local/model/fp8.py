@@ -16,7 +16,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from flux_local.model.layers import Linear
+from flux_local.model.layers import Linear, LinearGelu
 from flux_local.model.ops import Activation, Ops, Rows, quantised
 from flux_local.model.transformer import FluxTransformer
 
@@ -93,6 +93,10 @@ class RoundedLinear(Linear):
     def into(self, out: Tensor, x: Activation) -> None:
         assert isinstance(x, Tensor)
         super().into(out, rounded(x))
+
+    def gelu_into(self, out: Tensor, x: Activation, linear_gelu: LinearGelu) -> None:
+        assert isinstance(x, Tensor)
+        super().gelu_into(out, rounded(x), linear_gelu)
 
 
 def conversion(device: torch.device, ops: Ops, native: bool | None = None) -> tuple[Callable[[Linear], Linear], bool]:

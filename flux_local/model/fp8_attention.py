@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_local.model.ops import LARGEST, TINY, Heads, Layout, scatter_into
+from flux_local.model.ops import E4M3, LARGEST, TINY, Heads, Layout, scatter_into
 
 Attention = Callable[[Heads, Layout, Tensor], None]
 """`ops.attention_quantised`."""
+BLACKWELL = (10, 0)
+"""CUDA capability from which cuDNN's fp8 attention can write bf16."""
 PROBABILITY = 256.0
 """What cuDNN multiplies a probability by before it becomes e4m3: of the powers of two, the largest under 448."""
 
@@ -49,13 +51,17 @@ def cudnn() -> Attention:
     """
     import cudnn as front
 
+    try:
+        from flux_local.model.kernels import scatter_into as scatter
+    except ImportError:
+        scatter = scatter_into
     plans: dict[tuple[torch.Size, torch.device], CudnnPlan] = {}
 
     def attention(heads: Heads, layout: Layout, out: Tensor) -> None:
         key = (heads.query.shape, heads.query.device)
         if key not in plans:
             plans[key] = CudnnPlan(front, *key)
-        scatter_into(out, plans[key](heads), layout, heads.value_scale)
+        scatter(out, plans[key](heads), layout, heads.value_scale)
 
     return attention
 
@@ -73,6 +79,8 @@ class CudnnPlan:
         self.handle = front.create_handle()
         batch, tokens, count, size = shape
         e4m3, fp32, bf16 = front.data_type.FP8_E4M3, front.data_type.FLOAT, front.data_type.BFLOAT16
+        # Hopper writes e4m3 alone; a mean of values is no larger than the largest of them, so that it needs no scale.
+        self.written = E4M3 if torch.cuda.get_device_capability(device) < BLACKWELL else torch.bfloat16
         graph = front.pygraph(
             io_data_type=e4m3, intermediate_data_type=fp32, compute_data_type=fp32, handle=self.handle
         )
@@ -82,7 +90,8 @@ class CudnnPlan:
         self.out, _, *self.largest = graph.sdpa_fp8(
             *self.rows, *self.scalars, generate_stats=False, attn_scale=size**-0.5
         )
-        self.out.set_output(True).set_dim(dim).set_stride(stride).set_data_type(bf16)
+        self.out.set_output(True).set_dim(dim).set_stride(stride)
+        self.out.set_data_type(e4m3 if self.written is E4M3 else bf16)
         for tensor in self.largest:
             tensor.set_output(True).set_dim((1,) * 4).set_stride((1,) * 4).set_data_type(fp32)
         graph.validate()
@@ -96,8 +105,8 @@ class CudnnPlan:
         self.unread = torch.empty(2, device=device)
 
     def __call__(self, heads: Heads) -> Tensor:
-        """[batch, tokens, heads, head size] bf16, without the values' scale."""
-        out = torch.empty(heads.query.shape, dtype=torch.bfloat16, device=self.device)
+        """[batch, tokens, heads, head size], without the values' scale."""
+        out = torch.empty(heads.query.shape, dtype=self.written, device=self.device)
         workspace = torch.empty(max(1, self.graph.get_workspace_size()), dtype=torch.uint8, device=self.device)
         scalars = [*heads.scales.split(1), *self.constants.split(1)]
         given = [heads.query, heads.key, heads.value, *scalars, out, *self.unread.split(1)]

@@ -14,36 +14,46 @@ import triton.language as tl
 from torch import Tensor
 
 from flux_local.model.ops import E4M3, EPSILON, LARGEST, TINY, Heads, Layout, Rows, Site
+from flux_local.model.vae_kernels import doubled, group_norm_silu, residual_sum
 
+HEADS = 8
+"""That one program norms and turns."""
 GELU_BLOCK = 1024
-PIXELS = 256
-"""Pixels whose sums one program of the group norm takes,"""
-TILE = 4096
-"""as so many numbers at a time."""
 TOKENS = 16
-"""Whose largest values one program takes."""
+"""Among whose values one program finds the largest."""
+BY_HAND = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether Python runs the kernels, which has neither a card's instructions nor its conversions."""
+
+
+SIGMOID = tl.constexpr("{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }")
+"""1/(1 + 2ˣ), as near as a card's own instructions come."""
 
 
 @triton.jit
 def _gelu_of(value):
-    # x·(1 + tanh u)/2 = x·sigmoid(2u), u = √(2/π)·(x + 0.044715·x³)
-    return value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+    # x·(1 + tanh u)/2 = x·sigmoid(2u) = x/(1 + 2ᵗ), u = √(2/π)·(x + 0.044715·x³), t = −2u·log₂e
+    power = value * (-2.302208198144325 - 0.1029432395800225 * (value * value))
+    if BY_HAND:
+        return value / (1.0 + tl.exp2(power))
+    return value * tl.inline_asm_elementwise(SIGMOID, "=f,f", [power], tl.float32, True, 1)
 
 
 @triton.jit
-def _rounded(value, largest):
-    """Numbers as e4m3 has them, but still fp32.
+def _to_e4m3(value, largest):
+    """fp32 → e4m3, ties to even, and no further than the largest: what a card's own conversion does.
 
-    By hand, ties to even, so that the cast after it is exact whoever does it. Below 2⁻⁶ the numbers of e4m3 lie 2⁻⁹
-    apart, which is what fp32 keeps next to 24576; above, three bits follow the leading one.
+    Below 2⁻⁶ the numbers of e4m3 lie 2⁻⁹ apart, which is what fp32 keeps next to 24576; above, three bits follow the
+    leading one.
     """
-    missing = value != value  # NaN, which a card's minimum and maximum pass over
-    value = tl.minimum(tl.maximum(value, -largest), largest)
-    near_zero = (value + 24576.0) - 24576.0
-    bits = value.to(tl.int32, bitcast=True)
-    elsewhere = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    rounded = tl.where(tl.abs(value) < 0.015625, near_zero, elsewhere)
-    return tl.where(missing, float("nan"), rounded)
+    if BY_HAND:
+        missing = value != value
+        value = tl.minimum(tl.maximum(value, -largest), largest)
+        near_zero = (value + 24576.0) - 24576.0
+        bits = value.to(tl.int32, bitcast=True)
+        elsewhere = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        rounded = tl.where(tl.abs(value) < 0.015625, near_zero, elsewhere)
+        value = tl.where(missing, float("nan"), rounded)
+    return value.to(tl.float8e4nv)
 
 
 # Where a block's vectors lie in the table: without this, one compilation for each pattern of ones and sixteens.
@@ -55,13 +65,13 @@ COUNTS = ["text_rows", "text", "image"]
 
 @triton.jit
 def _to_fp8(row, largest, tiny):
-    """A row's scale, and its numbers over that, rounded to e4m3 but still fp32.
+    """A row's scale, and its numbers over that in e4m3.
 
     With a NaN the scale is infinite, so that no product of the row is finite: a maximum would pass over it.
     """
     absolute = tl.where(row == row, tl.abs(row), float("inf"))
-    scale = tl.maximum(tl.max(absolute, 0), tiny) / largest
-    return scale, _rounded(row / scale, largest)
+    top = tl.maximum(tl.max(absolute, 0), tiny)
+    return top / largest, _to_e4m3(row * (largest / top), largest)
 
 
 @triton.jit(do_not_specialize=SITES + COUNTS)
@@ -86,14 +96,16 @@ def _add_norm(
         value = rounded.to(tl.float32)
     mean = tl.sum(value, 0) / width
     centred = tl.where(inside, value - mean, 0.0)
-    deviation = tl.sqrt(tl.sum(centred * centred, 0) / width + epsilon)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + epsilon)
     scale = tl.load(vectors + tl.where(of_image, image_scale, text_scale) * width + columns, inside, 0.0)
     shift = tl.load(vectors + tl.where(of_image, image_shift, text_shift) * width + columns, inside, 0.0)
-    normed = centred / deviation * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
+    normed = centred * inverse * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
     if FP8:
-        row_scale, normed = _to_fp8(tl.where(inside, normed, 0.0), largest, tiny)
+        row_scale, narrow = _to_fp8(tl.where(inside, normed, 0.0), largest, tiny)
         tl.store(scales + row, row_scale)
-    tl.store(out + row * width + columns, normed.to(out.dtype.element_ty), inside)
+        tl.store(out + row * width + columns, narrow, inside)
+    else:
+        tl.store(out + row * width + columns, normed.to(out.dtype.element_ty), inside)
 
 
 def launch_add_norm(
@@ -108,7 +120,7 @@ def launch_add_norm(
     _add_norm[(rows,)](
         x, x if branch is None else branch, modulation, out, scales if fp8 else x, width, modulation.stride(0),
         layout.text_rows, layout.text, layout.image, *site.text, *site.image, EPSILON, LARGEST, TINY,
-        ADD=branch is not None, FP8=fp8, BLOCK=triton.next_power_of_2(width), num_warps=8,
+        ADD=branch is not None, FP8=fp8, BLOCK=triton.next_power_of_2(width), num_warps=4 if fp8 else 8,
     )  # fmt: skip
     return out, scales
 
@@ -142,15 +154,15 @@ def _norm_rotate(
     which = tl.program_id(1)
     of_image = row >= text_rows
     position = tl.where(of_image, text + (row - text_rows) % image, row % text)
-    head = tl.arange(0, HEADS)[:, None]
+    head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, SIZE)[None, :]
     inside = (head < heads) & (column < size)
     at = qkv + row * row_stride + which * heads * size + head * size + column
     value = tl.load(at, inside, 0.0).to(tl.float32)
-    root = tl.sqrt(tl.sum(value * value, 1) / size + epsilon)
+    inverse = 1.0 / tl.sqrt(tl.sum(value * value, 1) / size + epsilon)
     of_stream = weights + tl.where(of_image, stream_stride, 0) + tl.minimum(which, 1) * size
     weight = tl.load(of_stream + column, column < size, 0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(value / root[:, None] * weight, (HEADS, SIZE // 2, 2)))
+    even, odd = tl.split(tl.reshape(value * inverse[:, None] * weight, (HEADS, SIZE // 2, 2)))
     angle = tl.load(rotary + position * size + column, column < size, 0.0)
     cosine, sine = tl.split(tl.reshape(angle, (1, SIZE // 2, 2)))
     turned = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), (HEADS, SIZE))
@@ -158,16 +170,16 @@ def _norm_rotate(
         picture = tl.where(of_image, (row - text_rows) // image, row // text)
         of_head = tl.load(value_scale + picture * heads + head, head < heads, 1.0)
         scale = tl.where(which < 2, tl.load(scales + tl.minimum(which, 1)), of_head)
-        narrow = _rounded(tl.where(which < 2, turned, value) / scale, largest)
+        narrow = _to_e4m3(tl.where(which < 2, turned, value) * (1.0 / scale), largest)
         batch = text_rows // text
         token = (which * batch + picture) * (text + image) + position
-        tl.store(out + (token * heads + head) * size + column, narrow.to(out.dtype.element_ty), inside)
+        tl.store(out + (token * heads + head) * size + column, narrow, inside)
     else:
         tl.store(at, turned.to(qkv.dtype.element_ty), inside)
 
 
 def norm_rotate_(qkv: Tensor, heads: int, weights: Tensor, rotary: Tensor, layout: Layout) -> None:
-    """`ops.norm_rotate_`: a program for the queries of a row, another for its keys."""
+    """`ops.norm_rotate_`: a program for some queries of a row, another for their keys."""
     launch_norm_rotate(qkv, heads, weights, rotary, layout)
 
 
@@ -179,140 +191,128 @@ def launch_norm_rotate(
     assert qkv.stride(1) == 1
     assert rotary.is_contiguous()
     assert weights.is_contiguous()
-    _norm_rotate[(len(qkv), 2 if out is None else 3)](
+    group = min(HEADS, triton.next_power_of_2(heads))
+    _norm_rotate[(len(qkv), 2 if out is None else 3, triton.cdiv(heads, group))](
         qkv, weights, rotary, *(scales or (rotary, rotary)), qkv if out is None else out, qkv.stride(0),
         weights.stride(0) if streams > 1 else 0, heads, size, layout.text_rows, layout.text, layout.image, EPSILON,
-        LARGEST, FP8=out is not None, HEADS=triton.next_power_of_2(heads), SIZE=triton.next_power_of_2(size),
-        num_warps=4 if out is None else 8,
+        LARGEST, FP8=out is not None, HEADS=group, SIZE=triton.next_power_of_2(size),
+        num_warps=2 if out is None else 1,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _largest_values(
-    qkv, found, row_stride, heads, size, text_rows, text, image,
+def _value_scales(
+    qkv, scales, row_stride, heads, size, text_rows, text, image, largest,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     block, picture = tl.program_id(0), tl.program_id(1)
-    head = tl.arange(0, HEADS)[:, None]
+    first = tl.program_id(2) * HEADS
+    head = first + tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, SIZE)[None, :]
-    largest = tl.zeros((HEADS,), tl.float32)
-    for i in range(TOKENS):
+    found = tl.zeros((HEADS, SIZE), tl.float32)
+    for i in tl.static_range(TOKENS):
         token = block * TOKENS + i
         row = tl.where(token < text, picture * text + token, text_rows + picture * image + token - text).to(tl.int64)
         inside = (head < tl.where(token < text + image, heads, 0)) & (column < size)
         value = tl.load(qkv + row * row_stride + (2 * heads + head) * size + column, inside, 0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(value), 1))
-    head = tl.arange(0, HEADS)
-    tl.store(found + (picture * tl.num_programs(0) + block) * heads + head, largest, head < heads)
+        found = tl.maximum(found, tl.abs(value))
+    head = first + tl.arange(0, HEADS)
+    # The largest is the same in whatever order they come.
+    tl.atomic_max(scales + picture * heads + head, tl.max(found, 1) / largest, head < heads, sem="relaxed")
 
 
 def heads_quantised(qkv: Tensor, heads: int, weights: Tensor, rotary: Tensor, scales: Tensor, layout: Layout) -> Heads:
     """`ops.heads_quantised`: once over the values for their scales, then once over all."""
     size, tokens = weights.shape[2], layout.text + layout.image
-    blocks = triton.cdiv(tokens, TOKENS)
-    found = torch.empty(layout.batch, blocks, heads, dtype=torch.float32, device=qkv.device)
-    _largest_values[(blocks, layout.batch)](
-        qkv, found, qkv.stride(0), heads, size, layout.text_rows, layout.text, layout.image, TOKENS=TOKENS,
-        HEADS=triton.next_power_of_2(heads), SIZE=triton.next_power_of_2(size), num_warps=4,
+    value_scale = torch.full((layout.batch, heads), TINY / LARGEST, dtype=torch.float32, device=qkv.device)
+    group = min(HEADS, triton.next_power_of_2(heads))
+    _value_scales[(triton.cdiv(tokens, TOKENS), layout.batch, triton.cdiv(heads, group))](
+        qkv, value_scale, qkv.stride(0), heads, size, layout.text_rows, layout.text, layout.image, LARGEST,
+        TOKENS=TOKENS, HEADS=group, SIZE=triton.next_power_of_2(size), num_warps=4,
     )  # fmt: skip
-    value_scale = found.amax(1).clamp_min_(TINY).div_(LARGEST)
     out = torch.empty(3, layout.batch, tokens, heads, size, dtype=E4M3, device=qkv.device)
     launch_norm_rotate(qkv, heads, weights, rotary, layout, (scales, value_scale), out)
     return Heads(out[0], out[1], out[2], scales, value_scale)
 
 
+@triton.jit(do_not_specialize=COUNTS)
+def _scatter(tokens, scales, out, heads, size, row_stride, text_rows, text, image, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    of_image = row >= text_rows
+    picture = tl.where(of_image, (row - text_rows) // image, row // text)
+    position = tl.where(of_image, text + (row - text_rows) % image, row % text)
+    column = tl.arange(0, BLOCK)
+    inside = column < heads * size
+    token = picture * (text + image) + position
+    value = tl.load(tokens + token * heads * size + column, inside, 0.0).to(tl.float32)
+    scale = tl.load(scales + picture * heads + column // size, inside, 0.0)
+    tl.store(out + row * row_stride + column, (value * scale).to(out.dtype.element_ty), inside)
+
+
+def scatter_into(out: Tensor, tokens: Tensor, layout: Layout, scale: Tensor) -> None:
+    """`ops.scatter_into`, of contiguous tokens."""
+    heads, size = tokens.shape[2:]
+    assert tokens.is_contiguous()
+    assert out.stride(1) == 1
+    _scatter[(len(out),)](
+        tokens, scale, out, heads, size, out.stride(0), layout.text_rows, layout.text, layout.image,
+        BLOCK=triton.next_power_of_2(heads * size), num_warps=8,
+    )  # fmt: skip
+
+
 @triton.jit
-def _gelu(x, width, row_stride, BLOCK: tl.constexpr):
+def _gelu_beside(x, beside, out, first, width, row_stride, beside_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = x + row * row_stride + column
-    value = tl.load(at, column < width, 0.0).to(tl.float32)
-    tl.store(at, _gelu_of(value).to(x.dtype.element_ty), column < width)
+    inside = (column >= first) & (column < first + width)
+    active = _gelu_of(tl.load(x + row * row_stride + column - first, inside, 0.0).to(tl.float32))
+    other = tl.load(beside + row * beside_stride + column, column < first, 0.0).to(tl.float32)
+    value = tl.where(column < first, other, active)
+    tl.store(out + row * (first + width) + column, value.to(out.dtype.element_ty), column < first + width)
 
 
-def gelu_(x: Tensor) -> None:
-    """`ops.gelu_`."""
+def gelu_beside(x: Tensor, beside: Tensor) -> Tensor:
+    """`ops.gelu_beside`, of rows of any stride."""
     rows, width = x.shape
-    assert x.stride(1) == 1
-    _gelu[(rows, triton.cdiv(width, GELU_BLOCK))](x, width, x.stride(0), BLOCK=GELU_BLOCK, num_warps=4)
-
-
-@triton.jit(do_not_specialize=["pixels"])
-def _channel_sums(x, sums, pixels, channels, PIXELS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    block, picture = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
-    squares = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for first in range(0, PIXELS, ROWS):
-        pixel = block * PIXELS + first + row
-        at = x + (picture * pixels + pixel) * channels + channel
-        value = tl.load(at, (channel < channels) & (pixel < pixels), 0.0).to(tl.float32)
-        total += value
-        squares += value * value
-    channel = tl.arange(0, CHANNELS)
-    out = sums + (picture * tl.num_programs(0) + block) * 2 * channels + channel
-    tl.store(out, tl.sum(total, 0), channel < channels)
-    tl.store(out + channels, tl.sum(squares, 0), channel < channels)
-
-
-@triton.jit(do_not_specialize=["pixels"])
-def _scale_shift_silu(x, scale, shift, out, pixels, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    block, picture = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    pixel, channel = block * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    inside = (channel < channels) & (pixel < pixels)
-    at = (picture * pixels + pixel) * channels + channel
-    value = tl.load(x + at, inside, 0.0).to(tl.float32)
-    value = value * tl.load(scale + picture * channels + channel, channel < channels, 0.0)
-    value += tl.load(shift + picture * channels + channel, channel < channels, 0.0)
-    tl.store(out + at, (value * tl.sigmoid(value)).to(out.dtype.element_ty), inside)
-
-
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """`ops.group_norm_silu` on channels-last pictures: once over them for the sums, once to turn them.
-
-    The few sums are put together in fp64, in an order that depends on the shape alone.
-    """
-    batch, channels, height, width = x.shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    pixels, block = height * width, triton.next_power_of_2(channels)
-    rows = max(1, TILE // block)
-    sums = torch.empty(batch, triton.cdiv(pixels, PIXELS), 2, channels, dtype=torch.float32, device=x.device)
-    _channel_sums[(sums.shape[1], batch)](
-        x, sums, pixels, channels, PIXELS=PIXELS, ROWS=min(rows, PIXELS), CHANNELS=block, num_warps=8
-    )
-    per_group = channels // groups
-    of_groups = sums.sum(1, dtype=torch.float64).view(batch, 2, groups, per_group).sum(-1) / (pixels * per_group)
-    mean, square = of_groups.repeat_interleave(per_group, dim=2).unbind(1)
-    root = torch.rsqrt(square - mean * mean + epsilon) * weight
-    scale, shift = root.float(), (bias - mean * root).float()
-    out = torch.empty_like(x)
-    _scale_shift_silu[(triton.cdiv(pixels, rows), batch)](
-        x, scale, shift, out, pixels, channels, ROWS=rows, CHANNELS=block, num_warps=8
+    first = beside.shape[1]
+    assert x.stride(1) == beside.stride(1) == 1
+    out = torch.empty(rows, first + width, dtype=x.dtype, device=x.device)
+    _gelu_beside[(rows, triton.cdiv(first + width, GELU_BLOCK))](
+        x, beside, out, first, width, x.stride(0), beside.stride(0), BLOCK=GELU_BLOCK, num_warps=4
     )
     return out
 
 
 @triton.jit
-def _gelu_quantise(x, values, scales, width, first, row_stride, largest, tiny, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise(
+    beside, x, values, scales, first, width, beside_stride, row_stride, largest, tiny,
+    FIRST: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    value = tl.load(x + row * row_stride + columns, inside, 0.0).to(tl.float32)
+    inside = (columns >= first) & (columns < first + width)
+    value = tl.load(x + row * row_stride + columns - first, inside, 0.0).to(tl.float32)
     if GELU:
-        value = tl.where(columns < first, value, _gelu_of(value))
-    scale, rounded = _to_fp8(value, largest, tiny)
+        value = _gelu_of(value)
+    if FIRST:
+        other = tl.load(beside + row * beside_stride + columns, columns < first, 0.0).to(tl.float32)
+        value = tl.where(columns < first, other, value)
+    scale, narrow = _to_fp8(value, largest, tiny)
     tl.store(scales + row, scale)
-    tl.store(values + row * width + columns, rounded.to(values.dtype.element_ty), inside)
+    tl.store(values + row * (first + width) + columns, narrow, columns < first + width)
 
 
-def launch_quantise(rows: Tensor, first: int | None) -> Rows:
-    count, width = rows.shape
-    assert rows.stride(1) == 1
-    values = torch.empty(count, width, dtype=E4M3, device=rows.device)
-    scales = torch.empty(count, 1, dtype=torch.float32, device=rows.device)
-    block = triton.next_power_of_2(width)
-    _gelu_quantise[(count,)](
-        rows, values, scales, width, first or 0, rows.stride(0), LARGEST, TINY, GELU=first is not None, BLOCK=block,
+def launch_quantise(x: Tensor, gelu: bool, beside: Tensor | None = None) -> Rows:
+    count, width = x.shape
+    first = 0 if beside is None else beside.shape[1]
+    assert x.stride(1) == 1
+    assert beside is None or beside.stride(1) == 1
+    values = torch.empty(count, first + width, dtype=E4M3, device=x.device)
+    scales = torch.empty(count, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(first + width)
+    _quantise[(count,)](
+        x if beside is None else beside, x, values, scales, first, width, 0 if beside is None else beside.stride(0),
+        x.stride(0), LARGEST, TINY, FIRST=beside is not None, GELU=gelu, BLOCK=block,
         num_warps=16 if block > 4096 else 8,
     )  # fmt: skip
     return Rows(values, scales)
@@ -320,21 +320,23 @@ def launch_quantise(rows: Tensor, first: int | None) -> Rows:
 
 def quantised(rows: Tensor) -> Rows:
     """`ops.quantised`, of rows of any stride: read once."""
-    return launch_quantise(rows, None)
+    return launch_quantise(rows, False)
 
 
-def gelu_quantised(x: Tensor, first: int) -> Rows:
-    """`ops.gelu_quantised`: read once, and left as it is."""
-    return launch_quantise(x, first)
+def gelu_quantised(x: Tensor, beside: Tensor | None = None) -> Rows:
+    """`ops.gelu_quantised`: both are read once, and left as they are."""
+    return launch_quantise(x, True, beside)
 
 
 KERNELS: dict[str, Any] = {
     "modulated_norm": modulated_norm,
     "add_norm": add_norm,
     "norm_rotate_": norm_rotate_,
+    "gelu_beside": gelu_beside,
     "heads_quantised": heads_quantised,
-    "gelu_": gelu_,
     "group_norm_silu": group_norm_silu,
+    "residual_sum": residual_sum,
+    "doubled": doubled,
     "quantised": quantised,
     "modulated_norm_quantised": modulated_norm_quantised,
     "add_norm_quantised": add_norm_quantised,

@@ -18,6 +18,9 @@ from flux_local.model.ops import Activation
 Weights = Callable[[str], Tensor]
 """A tensor by its name in diffusers' state dict, in the precision and on the device that it is to have."""
 
+LinearGelu = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""`ops.linear_gelu`."""
+
 HOST_ROWS = 1 << 15
 """Outputs whose weights cross from host memory at a time: 200 MB in bf16 at FLUX.1's width."""
 
@@ -54,6 +57,11 @@ class Linear:
         """Writes y to `out` [rows, out]; both of any row stride."""
         assert isinstance(x, Tensor)
         torch.addmm(self.bias, x, self.weight.t(), out=out)
+
+    def gelu_into(self, out: Tensor, x: Activation, linear_gelu: LinearGelu) -> None:
+        """Writes GELU(y) to `out` by one of the forms of `ops.linear_gelu`."""
+        assert isinstance(x, Tensor)
+        linear_gelu(x, self.weight, self.bias, out)
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ class Pipeline:
     def make_room(self) -> None:
         """Gives back what can be made again: CUDA graphs, conditions, copies for adapters, the allocator's reserve."""
         self.conditions.clear()
+        self.text.forget()
         if self.adapters is not None:
             self.adapters.forget()
         for denoiser in (self.denoiser, self.fast):
@@ -328,13 +329,14 @@ def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype, plan
             module = module.to(device)
         return module
 
-    return PromptEncoder(
-        tokenizer(CLIPTokenizer, "tokenizer"),
-        encoder(CLIPTextModel, CLIPTextConfig, "text_encoder"),
-        tokenizer(T5TokenizerFast, "tokenizer_2"),
-        encoder(T5EncoderModel, T5Config, "text_encoder_2"),
-        device,
-    )
+    with translated(checkpoint.path):
+        return PromptEncoder(
+            tokenizer(CLIPTokenizer, "tokenizer"),
+            encoder(CLIPTextModel, CLIPTextConfig, "text_encoder"),
+            tokenizer(T5TokenizerFast, "tokenizer_2"),
+            encoder(T5EncoderModel, T5Config, "text_encoder_2"),
+            device, hooked=in_host, packed=plan.tier == "fp8",
+        )  # fmt: skip
 
 
 def autoencoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Any:

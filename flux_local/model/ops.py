@@ -35,6 +35,11 @@ class Layout(NamedTuple):
         return self.batch * self.text
 
     @property
+    def streams(self) -> tuple[slice, slice]:
+        """The rows of text, and those of the images."""
+        return slice(0, self.text_rows), slice(self.text_rows, self.rows)
+
+    @property
     def rows(self) -> int:
         return self.batch * (self.text + self.image)
 
@@ -118,9 +123,23 @@ def norm_rotate_(qkv: Tensor, heads: int, weights: Tensor, rotary: Tensor, layou
         qk.copy_(torch.view_as_real(turned).flatten(-2))
 
 
-def gelu_(x: Tensor) -> None:
-    """GELU by its tanh form, in place, of any row stride."""
-    torch.ops.aten.gelu_(x, approximate="tanh")
+def gelu_beside(x: Tensor, beside: Tensor) -> Tensor:
+    """[rows, N] → [rows, M + N]: `beside` [rows, M] as it is, then GELU(x) by its tanh form."""
+    out = x.new_empty(len(x), beside.shape[1] + x.shape[1])
+    out[:, : beside.shape[1]] = beside
+    torch.ops.aten.gelu.out(x, approximate="tanh", out=out[:, beside.shape[1] :])
+    return out
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """GELU(x·Wᵀ + b) by its tanh form, into `out` [rows, outputs] of any row stride."""
+    torch.addmm(bias, x, weight.t(), out=out)
+    torch.ops.aten.gelu_(out, approximate="tanh")
+
+
+def linear_gelu_at_once(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """`linear_gelu` as one kernel of cuBLAS, where `out` is contiguous; the product is not rounded before its GELU."""
+    torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=out)
 
 
 Backend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -168,9 +187,27 @@ def scattered(tokens: Tensor, layout: Layout) -> Tensor:
     return torch.cat([stream.flatten(0, 1) for stream in tokens.split((layout.text, layout.image), dim=1)])
 
 
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """SiLU(GroupNorm(x)) of pictures [B, C, h, w]: what stands before each convolution of the autoencoder."""
+def group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float, addend: Tensor | None = None
+) -> Tensor:
+    """SiLU(GroupNorm(x + addend)) of pictures [B, C, h, w]: what stands before each convolution of the autoencoder.
+
+    Args:
+        addend: [C], the bias of the convolution before, where that left it out.
+    """
+    if addend is not None:
+        x = x + addend.to(x.dtype)[:, None, None]
     return F.silu(F.group_norm(x, groups, weight, bias, epsilon))
+
+
+def residual_sum(x: Tensor, branch: Tensor, addend: Tensor | None = None) -> Tensor:
+    """x + branch + addend: pictures [B, C, h, w], and the biases [C] that convolutions before left out."""
+    return x + branch if addend is None else x + branch + addend.to(x.dtype)[:, None, None]
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Pictures at twice their height and width, each pixel four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Rows(NamedTuple):
@@ -211,10 +248,10 @@ def add_norm_quantised(x: Tensor, branch: Tensor, modulation: Tensor, layout: La
     return quantised(add_norm(x, branch, modulation, layout, site))
 
 
-def gelu_quantised(x: Tensor, first: int) -> Rows:
-    """GELU of the columns from `first` on, then all of them in fp8. `x` may be written to."""
-    gelu_(x[:, first:])
-    return quantised(x)
+def gelu_quantised(x: Tensor, beside: Tensor | None = None) -> Rows:
+    """[rows, N] → GELU(x) by its tanh form, in fp8; with `beside` [rows, M], which stays as it is, before it."""
+    active = F.gelu(x, approximate="tanh")
+    return quantised(active if beside is None else torch.cat([beside, active], dim=1))
 
 
 class Heads(NamedTuple):
@@ -261,7 +298,8 @@ def attention_quantised(heads: Heads, layout: Layout, out: Tensor) -> None:
 
 
 def scatter_into(out: Tensor, tokens: Tensor, layout: Layout, scale: Tensor | None = None) -> None:
-    """[batch, text + image, heads, size], each head times its `scale` [batch, heads], into rows `out` [rows, D]."""
+    """[batch, text + image, heads, size] in any precision, each head times its `scale` [batch, heads] if there is one,
+    into rows `out` [rows, D]."""
     first = 0
     for stream in tokens.split((layout.text, layout.image), dim=1):
         batch, count, *head = stream.shape
@@ -269,7 +307,7 @@ def scatter_into(out: Tensor, tokens: Tensor, layout: Layout, scale: Tensor | No
         if scale is None:
             rows.copy_(stream)
         else:
-            torch.mul(stream, scale[:, None, :, None], out=rows)
+            torch.mul(stream.to(out.dtype), scale[:, None, :, None], out=rows)
         first += batch * count
 
 
@@ -280,15 +318,18 @@ class Ops:
     modulated_norm: Callable[[Tensor, Tensor, Layout, Site], Tensor] = modulated_norm
     add_norm: Callable[[Tensor, Tensor, Tensor, Layout, Site], Tensor] = add_norm
     norm_rotate_: Callable[[Tensor, int, Tensor, Tensor, Layout], None] = norm_rotate_
-    gelu_: Callable[[Tensor], None] = gelu_
+    linear_gelu: Callable[[Tensor, Tensor, Tensor, Tensor], None] = linear_gelu
+    gelu_beside: Callable[[Tensor, Tensor], Tensor] = gelu_beside
     attention: Callable[[Tensor, int, int, Layout], Tensor] = attention
     heads_quantised: Callable[[Tensor, int, Tensor, Tensor, Tensor, Layout], Heads] = heads_quantised
     attention_quantised: Callable[[Heads, Layout, Tensor], None] = attention_quantised
-    group_norm_silu: Callable[[Tensor, int, Tensor, Tensor, float], Tensor] = group_norm_silu
+    group_norm_silu: Callable[[Tensor, int, Tensor, Tensor, float, Tensor | None], Tensor] = group_norm_silu
+    residual_sum: Callable[[Tensor, Tensor, Tensor | None], Tensor] = residual_sum
+    doubled: Callable[[Tensor], Tensor] = doubled
     quantised: Callable[[Tensor], Rows] = quantised
     modulated_norm_quantised: Callable[[Tensor, Tensor, Layout, Site], Rows] = modulated_norm_quantised
     add_norm_quantised: Callable[[Tensor, Tensor, Tensor, Layout, Site], Rows] = add_norm_quantised
-    gelu_quantised: Callable[[Tensor, int], Rows] = gelu_quantised
+    gelu_quantised: Callable[[Tensor, Tensor | None], Rows] = gelu_quantised
     attention_by: str = "torch"
     """Whose kernel `attention` is,"""
     attention_quantised_by: str = "emulated"

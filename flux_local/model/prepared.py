@@ -26,6 +26,7 @@ from flux_local.model.geometry import Geometry
 from flux_local.model.headers import read_header
 from flux_local.model.layers import HostLinear, Layers, Linear, Weights, same
 from flux_local.model.ops import Rows, quantised
+from flux_local.model.reading import Opened, opened
 from flux_local.model.transformer import FluxTransformer
 
 LAYOUT = 1
@@ -192,22 +193,19 @@ class PreparedLayers(Layers):
     """Layers as `write` left them."""
 
     def __init__(self, folder: Path, target: Target) -> None:
-        from safetensors import safe_open
-
         index = read_index(folder)
         self.parts = {name: tuple((part, rows) for part, rows in parts) for name, parts in index["parts"].items()}
         self.target = target
         self.path: dict[str, Path] = {
             name: folder / file for file in index["files"] for name in read_header(folder / file).shapes
         }
-        self.opened: dict[tuple[Path, str], Any] = {}
-        self.open = safe_open
+        self.opened: dict[tuple[Path, str], Opened] = {}
         super().__init__(self.tensor, same)
 
     def tensor(self, name: str, device: str | None = None, pinned: bool = False) -> Tensor:
         path, place = self.path[name], device or self.target.device
         if (path, place) not in self.opened:
-            self.opened[path, place] = self.open(path, framework="pt", device=place)
+            self.opened[path, place] = opened(path, place)
         found: Tensor = self.opened[path, place].get_tensor(name)
         # In host memory it is a view of the file, of any alignment, and products of such have other bits.
         return found.new_empty(found.shape, pin_memory=pinned).copy_(found) if place == "cpu" else found

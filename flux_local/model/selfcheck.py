@@ -28,6 +28,7 @@ from flux_local.model.ops import (
     efficient_attention,
     flash_attention,
     heads_quantised,
+    linear_gelu_at_once,
 )
 from flux_local.model.ops import attention as attention_by
 
@@ -99,13 +100,15 @@ def choose(kernels: Mapping[str, Any], sizes: Sizes, device: str, dtype: torch.d
 
 def accelerated(sizes: Sizes, device: str, dtype: torch.dtype) -> tuple[Ops, list[Finding]]:
     """The fastest operations that a GPU does rightly: Triton's kernels and the first attention of `ATTENTIONS`."""
+    kernels: dict[str, Any] = {"linear_gelu": linear_gelu_at_once}
     try:
         from flux_local.model.kernels import KERNELS
     except ImportError as error:
         log.warning("Triton cannot be imported (%s); plain torch is used", error)
-        ops, findings = Ops(), [Finding("triton", False, None, str(error))]
+        ops, findings = choose(kernels, sizes, device, dtype)
+        findings.append(Finding("triton", False, None, str(error)))
     else:
-        ops, findings = choose(KERNELS, sizes, device, dtype)
+        ops, findings = choose(kernels | KERNELS, sizes, device, dtype)
     for name, backend in ATTENTIONS.items():
         if name == "cudnn" and (torch.backends.cudnn.version() or 0) <= CUDNN_TO_MEND:
             reason = "cuDNN before 9.15.1 errs at lengths that are no multiple of 128; update it"
@@ -184,7 +187,8 @@ def try_add_norm_quantised(op: Any, sizes: Sizes, data: Data) -> Tensor:
 def try_gelu_quantised(op: Any, sizes: Sizes, data: Data) -> Tensor:
     width = sizes.heads * sizes.head_size
     buffer = data.random(0, sizes.layout.rows, 7 * width)
-    return widened(op(buffer[:, 2 * width :], width), data)
+    both = widened(op(buffer[:, 3 * width :], buffer[:, :width]), data)
+    return torch.cat([both, widened(op(buffer[:, 3 * width :], None), data)], dim=1)
 
 
 def try_norm(op: Any, sizes: Sizes, data: Data) -> Tensor:
@@ -212,11 +216,21 @@ def try_norm_rotate(op: Any, sizes: Sizes, data: Data) -> Tensor:
     return qkv
 
 
-def try_gelu(op: Any, sizes: Sizes, data: Data) -> Tensor:
+def try_gelu_beside(op: Any, sizes: Sizes, data: Data) -> Tensor:
     width = sizes.heads * sizes.head_size
     buffer = data.random(0, sizes.layout.rows, 7 * width)
-    op(buffer[:, 3 * width :])
-    return buffer
+    found: Tensor = op(buffer[:, 3 * width :], buffer[:, :width])
+    return found
+
+
+def try_linear_gelu(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    """Into some of a buffer's rows, by some of a layer's outputs."""
+    width = sizes.heads * sizes.head_size
+    x, weight = data.random(0, sizes.layout.rows, width), data.random(1, 7 * width, width) * width**-0.5
+    out = torch.zeros(sizes.layout.rows, 4 * width, dtype=data.given, device=data.device)
+    bias = data.random(2, 7 * width)
+    op(x[1:], weight[3 * width :], bias[3 * width :], out[1:])
+    return out
 
 
 def try_attention(op: Any, sizes: Sizes, data: Data) -> Tensor:
@@ -251,10 +265,27 @@ def try_attention_quantised(op: Any, sizes: Sizes, data: Data) -> Tensor:
     return buffer
 
 
+def picture(sizes: Sizes, data: Data, seed: int = 0) -> Tensor:
+    """Of no mean that is nought, channels last."""
+    x = data.random(seed, 1, sizes.channels, sizes.side, sizes.side + 1) * 3 + 1
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def try_group_norm(op: Any, sizes: Sizes, data: Data) -> Tensor:
-    x = data.random(0, 1, sizes.channels, sizes.side, sizes.side + 1) * 3 + 1
-    weight, bias = (data.random(seed, sizes.channels) for seed in (1, 2))
-    found: Tensor = op(x.contiguous(memory_format=torch.channels_last), sizes.groups, weight, bias, 1e-6)
+    """Alone, and of a sum."""
+    x = picture(sizes, data)
+    weight, bias, addend = (data.random(seed, sizes.channels) for seed in (1, 2, 3))
+    return torch.cat([op(x, sizes.groups, weight, bias, 1e-6, added) for added in (None, addend)])
+
+
+def try_residual_sum(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    """Of two, and of three."""
+    x, branch = picture(sizes, data), picture(sizes, data, seed=1)
+    return torch.cat([op(x, branch, added) for added in (None, data.random(2, sizes.channels))])
+
+
+def try_doubled(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    found: Tensor = op(picture(sizes, data))
     return found
 
 
@@ -269,8 +300,11 @@ TRIALS: dict[str, Callable[[Any, Sizes, Data], Tensor]] = {
     "modulated_norm": try_norm,
     "add_norm": try_add_norm,
     "norm_rotate_": try_norm_rotate,
-    "gelu_": try_gelu,
+    "linear_gelu": try_linear_gelu,
+    "gelu_beside": try_gelu_beside,
     "group_norm_silu": try_group_norm,
+    "residual_sum": try_residual_sum,
+    "doubled": try_doubled,
     "attention": try_attention,
     "heads_quantised": try_heads_quantised,
     "attention_quantised": try_attention_quantised,

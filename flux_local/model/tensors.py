@@ -16,6 +16,7 @@ from torch import Tensor
 from flux_local.errors import FETCH_AGAIN, WeightsError
 from flux_local.model.checkpoint import ASIDE, Part
 from flux_local.model.headers import gguf_reader
+from flux_local.model.reading import opened
 
 SCALES = ("scale_weight", "weight_scale")
 """ComfyUI's names, older and newer, for what an fp8 weight is to be multiplied by."""
@@ -25,8 +26,6 @@ class Tensors:
     """A part's tensors, by their names in the file without the prefix."""
 
     def __init__(self, part: Part, device: str, dtype: torch.dtype) -> None:
-        from safetensors import safe_open
-
         self.part, self.device, self.dtype = part, device, dtype
         self.stored: dict[str, Callable[[], Tensor]] = {}
         """By a tensor's name in its file: what reads it, as it is there but for GGUF's blocks."""
@@ -35,9 +34,9 @@ class Tensors:
                 for tensor in gguf_reader(header.path).tensors:
                     self.stored[tensor.name] = partial(unpacked, tensor, device)
             else:
-                opened = safe_open(header.path, framework="pt", device=device)
-                for name in opened.keys():  # noqa: SIM118, it is no mapping
-                    self.stored[name] = partial(opened.get_tensor, name)
+                file = opened(header.path, device)
+                for name in file.keys():  # noqa: SIM118, it is no mapping
+                    self.stored[name] = partial(file.get_tensor, name)
 
     def __contains__(self, name: str) -> bool:
         return self.part.prefix + name in self.stored

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flux_local.model.graphs import Graphs, recorded
+from flux_local.model.t5 import fastest
+
 
 @dataclass(frozen=True)
 class PromptEmbedding:
@@ -29,22 +32,43 @@ class PromptEmbedding:
         return self.states.nbytes + self.pooled.nbytes
 
 
+Reader = Callable[[Tensor], Tensor]
+"""Token numbers [1, L] → what an encoder makes of them."""
+
+
 class PromptEncoder:
-    """Both text encoders of FLUX.1 with their tokenizers.
+    """Both text encoders of FLUX.1 with their tokenizers. On a GPU they run as CUDA graphs, T5 by a pass of ours.
 
     Args:
         device: where they compute, if their weights are elsewhere.
+        hooked: whether hooks bring the weights: then both run as transformers has them.
+        packed: whether T5's weights are unpacked for each use: that takes the GPU longer than the host takes to ask for
+            it, and a graph would keep the room it needs, where memory is short. Then only CLIP is one.
     """
 
     def __init__(
-        self, tokenizer: Any, text_encoder: Any, tokenizer_2: Any, text_encoder_2: Any, device: str | None = None
-    ) -> None:
+        self, tokenizer: Any, text_encoder: Any, tokenizer_2: Any, text_encoder_2: Any, device: str | None = None,
+        hooked: bool = False, packed: bool = False,
+    ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.tokenizer_2 = tokenizer_2
         self.text_encoder_2 = text_encoder_2
         self.device = torch.device(device) if device else text_encoder_2.device
         self.max_length: int = tokenizer_2.model_max_length
+        self.states: Reader = lambda ids: text_encoder_2(ids).last_hidden_state
+        self.pooled: Reader = lambda ids: text_encoder(ids).pooler_output
+        if self.device.type == "cuda" and not hooked:
+            self.states = fastest(text_encoder_2, self.max_length, self.device)
+            if not packed:
+                self.states = recorded(self.states, self.device)
+            self.pooled = recorded(self.pooled, self.device, beside=self.states)
+
+    def forget(self) -> None:
+        """Lets the CUDA graphs go; they are recorded again as they are wanted."""
+        for reader in (self.states, self.pooled):
+            if isinstance(reader, Graphs):
+                reader.forget()
 
     @torch.inference_mode()
     def encode(self, prompt: str, prompt_2: str | None = None, max_length: int | None = None) -> PromptEmbedding:
@@ -66,8 +90,8 @@ class PromptEncoder:
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         )
-        states = self.text_encoder_2(t5.input_ids.to(self.device)).last_hidden_state
-        pooled = self.text_encoder(clip.input_ids.to(self.device)).pooler_output
+        states = self.states(t5.input_ids.to(self.device))
+        pooled = self.pooled(clip.input_ids.to(self.device))
         tokens = int(t5.attention_mask.sum())
         end = int(t5.offset_mapping[0, :tokens, 1].max()) if tokens else 0
         whole = tokens < length or end >= len(t5_prompt.rstrip())

@@ -11,27 +11,23 @@ and attend together, then single blocks, in which attention and MLP run side by 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flux_local.model import fp8_attention
+from flux_local.model.embeddings import rotary_table, sinusoids
 from flux_local.model.geometry import Geometry
 from flux_local.model.graphs import Graphs, recorded
-from flux_local.model.latents import position_ids
 from flux_local.model.layers import Layers, Linear
 from flux_local.model.ops import Activation, Layout, Ops, Site, Vectors, part
 from flux_local.model.text import PromptEmbedding
 
 MLP_RATIO = 4
-ROTARY_BASE = 10_000.0
-SINUSOIDS = 256
-"""Features of a time or a guidance scale before its MLP."""
 TIMESTEPS = 1000
 """The transformer's time runs from 0 to this, and guidance is multiplied by it; sigma is a thousandth."""
 
@@ -200,42 +196,41 @@ class FluxTransformer:
         width = self.geometry.width
         qkv = each_stream(block.text.qkv, block.image.qkv, self.buffer(layout, 3 * width), x, layout)
         attended = self.attention(qkv, block, rotary, layout)
-        return each_stream(block.text.out, block.image.out, self.buffer(layout, width), attended, layout)
+        rows: Activation = self.ops.quantised(attended) if self.fp8 else attended
+        return each_stream(block.text.out, block.image.out, self.buffer(layout, width), rows, layout)
 
     def feed_forward(self, block: DoubleBlock, x: Activation, _: Tensor, layout: Layout) -> Tensor:
         """[rows, D] → [rows, D]: each stream through its own MLP."""
         width = self.geometry.width
-        hidden = each_stream(block.text.up, block.image.up, self.buffer(layout, MLP_RATIO * width), x, layout)
-        active = self.with_gelu(hidden, 0)
+        hidden = self.buffer(layout, MLP_RATIO * width)
+        active: Activation = hidden
+        if self.fp8:
+            each_stream(block.text.up, block.image.up, hidden, x, layout)
+            active = self.ops.gelu_quantised(hidden, None)
+        else:
+            for layer, rows in zip((block.text.up, block.image.up), layout.streams, strict=True):
+                layer.gelu_into(hidden[rows], part(x, rows), self.ops.linear_gelu)
         return each_stream(block.text.down, block.image.down, self.buffer(layout, width), active, layout)
 
     def attend_and_feed_forward(self, block: SingleBlock, x: Activation, rotary: Tensor, layout: Layout) -> Tensor:
-        """[rows, D] → [rows, D]. Attention's output takes the values' place, so that it lies beside the MLP's."""
+        """[rows, D] → [rows, D]: from one product into another, both side by side."""
         width = self.geometry.width
-        buffer = block.qkv_up(x)
-        self.attention(buffer, block, rotary, layout, buffer[:, 2 * width : 3 * width])
-        return block.out(self.with_gelu(buffer[:, 2 * width :], width))
+        both = block.qkv_up(x)
+        attended, hidden = self.attention(both, block, rotary, layout), both[:, 3 * width :]
+        if self.fp8:
+            return block.out(self.ops.gelu_quantised(hidden, attended))
+        return block.out(self.ops.gelu_beside(hidden, attended))
 
-    def attention(
-        self, qkv: Tensor, block: DoubleBlock | SingleBlock, rotary: Tensor, layout: Layout, out: Tensor | None = None
-    ) -> Tensor:
-        """[rows, ≥ 3·D] → [rows, D], in `out` if given, which may be the values' place; `qkv` is written to."""
+    def attention(self, qkv: Tensor, block: DoubleBlock | SingleBlock, rotary: Tensor, layout: Layout) -> Tensor:
+        """[rows, ≥ 3·D] → [rows, D]; `qkv` is written to."""
         heads, size = self.geometry.heads, self.geometry.head_size
         if self.fp8_attention:
             fp8 = self.ops.heads_quantised(qkv, heads, block.norm, rotary, block.scales, layout)
-            out = self.buffer(layout, self.geometry.width) if out is None else out
+            out = self.buffer(layout, self.geometry.width)
             self.ops.attention_quantised(fp8, layout, out)
             return out
         self.ops.norm_rotate_(qkv, heads, block.norm, rotary, layout)
-        attended = self.ops.attention(qkv, heads, size, layout)
-        return attended if out is None else out.copy_(attended)
-
-    def with_gelu(self, x: Tensor, first: int) -> Activation:
-        """The columns from `first` on through GELU, the others as they are; `x` may be written to."""
-        if self.fp8:
-            return self.ops.gelu_quantised(x, first)
-        self.ops.gelu_(x[:, first:])
-        return x
+        return self.ops.attention(qkv, heads, size, layout)
 
     def linears(self) -> list[Linear]:
         """All matrix products, those that it shares with a twin among them."""
@@ -286,28 +281,11 @@ class FluxTransformer:
         return rotary_table(self.geometry.rotary_axes, width, height, text, self.device)
 
 
-@lru_cache(maxsize=16)  # 2 to 9 MB each at FLUX.1's sizes, and clients may ask for any canvas
-def rotary_table(axes: tuple[int, ...], width: int, height: int, text: int, device: torch.device) -> Tensor:
-    """[text + tokens, head size / 2, 2] fp32 of a canvas: cosine and sine of each pair's angle."""
-    positions = torch.cat([torch.zeros(text, 3), position_ids(width, height)]).double()
-    powers = [torch.arange(0, size, 2, dtype=torch.float64) / size for size in axes]
-    angle = torch.cat([torch.outer(positions[:, i], ROTARY_BASE**-power) for i, power in enumerate(powers)], dim=1)
-    return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
-
-
 def each_stream(text: Linear, image: Linear, out: Tensor, x: Activation, layout: Layout) -> Tensor:
     """The text's rows through one layer, the image's through another, into one buffer; returns that."""
-    for layer, rows in ((text, slice(0, layout.text_rows)), (image, slice(layout.text_rows, None))):
+    for layer, rows in zip((text, image), layout.streams, strict=True):
         layer.into(out[rows], part(x, rows))
     return out
-
-
-def sinusoids(values: Tensor) -> Tensor:
-    """[N] → [N, 256] fp32: cosines, then sines, of the values at geometric frequencies (arXiv 1706.03762, 3.5)."""
-    half = SINUSOIDS // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=values.device) * (-math.log(10_000) / half))
-    angles = values.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def sites(geometry: Geometry) -> list[Site]:

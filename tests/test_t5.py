@@ -1,0 +1,124 @@
+"""Our pass of T5 against transformers' own, and when a GPU takes which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux_local.model import text
+from flux_local.model.fp8 import store_in_fp8
+from flux_local.model.loader import load
+from flux_local.model.t5 import T5Encoder, efficient_attention, fastest
+from flux_local.model.text import PromptEncoder
+from tests.servers import MODEL
+
+CPU = torch.device("cpu")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    assert bias.stride(-1) == 1, "no fused attention takes another"
+    assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+
+
+@cache
+def module(name: str) -> Any:
+    """`embedded`: that of the embedded model; `random`: a small one whose bias weighs as much as its scores."""
+    if name == "embedded":
+        return load(MODEL).text.text_encoder_2
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=300, d_model=64, d_kv=16, num_heads=6, d_ff=160, num_layers=5, feed_forward_proj="gated-gelu",
+        relative_attention_max_distance=40,
+    )  # fmt: skip
+    made = T5EncoderModel(config).eval().requires_grad_(False)
+    for norm in made.modules():
+        if type(norm).__name__ == "T5LayerNorm":
+            norm.weight.uniform_(0.5, 2)
+    made.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_(std=2)
+    return made
+
+
+def ids(length: int, pads: int = 0) -> Tensor:
+    drawn = torch.randint(2, 300, (1, length), generator=torch.Generator().manual_seed(length))
+    drawn[0, length - pads :] = 0
+    return drawn
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@pytest.mark.parametrize("name", ["embedded", "random"])
+@pytest.mark.parametrize(("length", "pads"), [(1, 0), (7, 2), (64, 50), (77, 0), (200, 9)])
+def test_equal_to_transformers(name: str, length: int, pads: int) -> None:
+    theirs = module(name)(ids(length, pads)).last_hidden_state
+    ours = T5Encoder(module(name), attention)(ids(length, pads))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["embedded", "random"])
+def test_rounding_costs_no_more_than_transformers_own(name: str) -> None:
+    truth = module(name)(ids(77, 20)).last_hidden_state
+    rounded = deepcopy(module(name)).to(torch.bfloat16)
+    theirs = off(rounded(ids(77, 20)).last_hidden_state, truth)
+    assert off(T5Encoder(rounded, attention)(ids(77, 20)), truth) < 1.05 * theirs
+
+
+def test_layers_in_fp8_are_computed_as_transformers_does() -> None:
+    packed = deepcopy(module("random"))
+    store_in_fp8(packed, "cpu")
+    theirs = packed(ids(50)).last_hidden_state
+    torch.testing.assert_close(T5Encoder(packed, attention)(ids(50)), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_has_the_attention_that_is_asked_for() -> None:
+    """Its signature and shapes; what it computes, a GPU has to say."""
+    q = torch.empty(1, 77, 6, 16, device="meta", dtype=torch.bfloat16).transpose(1, 2)
+    bias = torch.empty(1, 6, 77, 80, device="meta", dtype=torch.bfloat16)[..., :77]
+    assert efficient_attention(q, q, q, bias).shape == q.shape
+
+
+def test_a_gpu_takes_our_pass_only_if_it_agrees(caplog: pytest.LogCaptureFixture) -> None:
+    def taken(attention: Callable[..., Tensor]) -> bool:
+        reader = fastest(module("embedded"), 64, CPU, attention)
+        assert reader(ids(64)).shape == (1, 64, module("embedded").config.d_model)
+        return isinstance(reader, T5Encoder)
+
+    assert taken(attention)
+    assert not caplog.records
+    assert not taken(lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, scale=1.0))
+    assert not taken(lambda q, k, v, bias: v * float("nan"))
+    assert not taken(efficient_attention), "a CPU has none"
+    assert [record.message[:24] for record in caplog.records] == 3 * ["T5 runs as transformers "]
+
+
+@pytest.mark.parametrize(
+    ("hooked", "packed", "recorded"), [(False, False, ["t5", "clip"]), (False, True, ["clip"]), (True, False, [])]
+)
+def test_what_is_recorded(
+    hooked: bool, packed: bool, recorded: list[str], monkeypatch: pytest.MonkeyPatch, pipeline: Any
+) -> None:
+    names: list[str] = []
+
+    def record(function: Any, device: torch.device, work: int = 0, beside: Any = None) -> Any:
+        names.append("clip" if beside else "t5")
+        return function
+
+    monkeypatch.setattr(text, "recorded", record)
+    monkeypatch.setattr(text, "fastest", lambda module, length, device: T5Encoder(module, attention))
+    theirs = pipeline.text
+    encoders = theirs.tokenizer, theirs.text_encoder, theirs.tokenizer_2, theirs.text_encoder_2
+    made = PromptEncoder(*encoders, "cuda", hooked=hooked, packed=packed)
+    assert names == recorded
+    made.device = CPU
+    torch.testing.assert_close(made.encode("a red circle").states, theirs.encode("a red circle").states)
