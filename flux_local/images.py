@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -69,7 +70,7 @@ def encode(picture: Image.Image, params: GenerationParams, text: str | None) -> 
             chunks = PngImagePlugin.PngInfo()
             if text is not None:
                 chunks.add_text("parameters", text)
-            picture.save(out, "PNG", compress_level=PNG_LEVEL, pnginfo=chunks)
+            picture.save(out, "PNG", compress_level=PNG_LEVEL, compress_type=zlib.Z_RLE, pnginfo=chunks)
         case "gif":
             picture.save(out, "GIF")
         case "jpeg":
