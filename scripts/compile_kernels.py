@@ -78,7 +78,6 @@ def launches() -> list[Launch]:
         *quantised,
         (kernels._norm_rotate, {"FP8": False, "HEADS": kernels.HEADS, "SIZE": 128}, {}, 2),
         (kernels._norm_rotate, {"FP8": True, "HEADS": kernels.HEADS, "SIZE": 128}, {"out": "*fp8e4nv"}, 1),
-        (kernels._gelu_beside, {"BLOCK": kernels.GELU_BLOCK}, {}, 4),
         (kernels._value_scales, {"TOKENS": kernels.TOKENS, "HEADS": kernels.HEADS, "SIZE": 128}, {}, 4),
         (vae_kernels._channel_sums, {"STAGES": vae_kernels.STAGES, "ROWS": 32, "CHANNELS": 128}, {}, 8),
         (

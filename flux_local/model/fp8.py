@@ -98,6 +98,9 @@ class RoundedLinear(Linear):
         assert isinstance(x, Tensor)
         super().gelu_into(out, rounded(x), linear_gelu)
 
+    def of_both(self, first: Tensor, second: Tensor) -> Tensor:
+        return self(torch.cat([first, second], dim=1))
+
 
 def conversion(device: torch.device, ops: Ops, native: bool | None = None) -> tuple[Callable[[Linear], Linear], bool]:
     """How a matrix product gets into fp8 on a device, and whether it then takes fp8 rows.

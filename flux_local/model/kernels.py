@@ -18,7 +18,6 @@ from flux_local.model.vae_kernels import doubled, group_norm_silu, residual_sum
 
 HEADS = 8
 """That one program norms and turns."""
-GELU_BLOCK = 1024
 TOKENS = 16
 """Among whose values one program finds the largest."""
 BY_HAND = tl.constexpr(triton.knobs.runtime.interpret)
@@ -261,29 +260,6 @@ def scatter_into(out: Tensor, tokens: Tensor, layout: Layout, scale: Tensor) -> 
 
 
 @triton.jit
-def _gelu_beside(x, beside, out, first, width, row_stride, beside_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (column >= first) & (column < first + width)
-    active = _gelu_of(tl.load(x + row * row_stride + column - first, inside, 0.0).to(tl.float32))
-    other = tl.load(beside + row * beside_stride + column, column < first, 0.0).to(tl.float32)
-    value = tl.where(column < first, other, active)
-    tl.store(out + row * (first + width) + column, value.to(out.dtype.element_ty), column < first + width)
-
-
-def gelu_beside(x: Tensor, beside: Tensor) -> Tensor:
-    """`ops.gelu_beside`, of rows of any stride."""
-    rows, width = x.shape
-    first = beside.shape[1]
-    assert x.stride(1) == beside.stride(1) == 1
-    out = torch.empty(rows, first + width, dtype=x.dtype, device=x.device)
-    _gelu_beside[(rows, triton.cdiv(first + width, GELU_BLOCK))](
-        x, beside, out, first, width, x.stride(0), beside.stride(0), BLOCK=GELU_BLOCK, num_warps=4
-    )
-    return out
-
-
-@triton.jit
 def _quantise(
     beside, x, values, scales, first, width, beside_stride, row_stride, largest, tiny,
     FIRST: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr,
@@ -332,7 +308,6 @@ KERNELS: dict[str, Any] = {
     "modulated_norm": modulated_norm,
     "add_norm": add_norm,
     "norm_rotate_": norm_rotate_,
-    "gelu_beside": gelu_beside,
     "heads_quantised": heads_quantised,
     "group_norm_silu": group_norm_silu,
     "residual_sum": residual_sum,

@@ -7,7 +7,7 @@ its rows here. Knows nothing of where the layers stand in a model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,18 @@ class Linear:
         """Writes GELU(y) to `out` by one of the forms of `ops.linear_gelu`."""
         assert isinstance(x, Tensor)
         linear_gelu(x, self.weight, self.bias, out)
+
+    def of_both(self, first: Tensor, second: Tensor) -> Tensor:
+        """y of two inputs side by side, which are not brought together for that."""
+        width = first.shape[1]
+        y = F.linear(second, self.weight[:, width:], self.bias)
+        return y.addmm_(first, self.weight[:, :width].t())
+
+    def divided(self, outputs: int) -> tuple[Linear, Linear]:
+        """The layers of the first so many outputs and of the others, with this one's memory."""
+        weights, biases = (tensor.tensor_split([outputs]) for tensor in (self.weight, self.bias))
+        first, rest = (replace(self, weight=w, bias=b, parts=()) for w, b in zip(weights, biases, strict=True))
+        return first, rest
 
 
 @dataclass(frozen=True)

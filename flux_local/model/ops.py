@@ -123,14 +123,6 @@ def norm_rotate_(qkv: Tensor, heads: int, weights: Tensor, rotary: Tensor, layou
         qk.copy_(torch.view_as_real(turned).flatten(-2))
 
 
-def gelu_beside(x: Tensor, beside: Tensor) -> Tensor:
-    """[rows, N] → [rows, M + N]: `beside` [rows, M] as it is, then GELU(x) by its tanh form."""
-    out = x.new_empty(len(x), beside.shape[1] + x.shape[1])
-    out[:, : beside.shape[1]] = beside
-    torch.ops.aten.gelu.out(x, approximate="tanh", out=out[:, beside.shape[1] :])
-    return out
-
-
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     """GELU(x·Wᵀ + b) by its tanh form, into `out` [rows, outputs] of any row stride."""
     torch.addmm(bias, x, weight.t(), out=out)
@@ -319,7 +311,6 @@ class Ops:
     add_norm: Callable[[Tensor, Tensor, Tensor, Layout, Site], Tensor] = add_norm
     norm_rotate_: Callable[[Tensor, int, Tensor, Tensor, Layout], None] = norm_rotate_
     linear_gelu: Callable[[Tensor, Tensor, Tensor, Tensor], None] = linear_gelu
-    gelu_beside: Callable[[Tensor, Tensor], Tensor] = gelu_beside
     attention: Callable[[Tensor, int, int, Layout], Tensor] = attention
     heads_quantised: Callable[[Tensor, int, Tensor, Tensor, Tensor, Layout], Heads] = heads_quantised
     attention_quantised: Callable[[Heads, Layout, Tensor], None] = attention_quantised

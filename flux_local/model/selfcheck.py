@@ -216,13 +216,6 @@ def try_norm_rotate(op: Any, sizes: Sizes, data: Data) -> Tensor:
     return qkv
 
 
-def try_gelu_beside(op: Any, sizes: Sizes, data: Data) -> Tensor:
-    width = sizes.heads * sizes.head_size
-    buffer = data.random(0, sizes.layout.rows, 7 * width)
-    found: Tensor = op(buffer[:, 3 * width :], buffer[:, :width])
-    return found
-
-
 def try_linear_gelu(op: Any, sizes: Sizes, data: Data) -> Tensor:
     """Into some of a buffer's rows, by some of a layer's outputs."""
     width = sizes.heads * sizes.head_size
@@ -301,7 +294,6 @@ TRIALS: dict[str, Callable[[Any, Sizes, Data], Tensor]] = {
     "add_norm": try_add_norm,
     "norm_rotate_": try_norm_rotate,
     "linear_gelu": try_linear_gelu,
-    "gelu_beside": try_gelu_beside,
     "group_norm_silu": try_group_norm,
     "residual_sum": try_residual_sum,
     "doubled": try_doubled,

@@ -58,13 +58,13 @@ class DoubleBlock:
 @dataclass(frozen=True)
 class SingleBlock:
     qkv_up: Linear
-    """Query, key and value and the MLP's hidden layer in one product: [7·D, D]."""
+    """Query, key, value and the MLP's hidden layer: [7·D, D]."""
     norm: Tensor
     """[1, 2, head size]."""
     scales: Tensor
     """[2]."""
     out: Linear
-    """Attention's output and the MLP's, back in one product: [D, 5·D]."""
+    """Attention's output and the MLP's hidden layer, back: [D, 5·D]."""
 
 
 @dataclass(frozen=True)
@@ -213,13 +213,17 @@ class FluxTransformer:
         return each_stream(block.text.down, block.image.down, self.buffer(layout, width), active, layout)
 
     def attend_and_feed_forward(self, block: SingleBlock, x: Activation, rotary: Tensor, layout: Layout) -> Tensor:
-        """[rows, D] → [rows, D]: from one product into another, both side by side."""
+        """[rows, D] → [rows, D]. In fp8 one product makes query, key, value and the MLP's hidden layer, and what makes
+        the next product's rows has the GELU in it; else two make them, so that the hidden layer's has it."""
         width = self.geometry.width
-        both = block.qkv_up(x)
-        attended, hidden = self.attention(both, block, rotary, layout), both[:, 3 * width :]
         if self.fp8:
-            return block.out(self.ops.gelu_quantised(hidden, attended))
-        return block.out(self.ops.gelu_beside(hidden, attended))
+            both = block.qkv_up(x)
+            attended = self.attention(both, block, rotary, layout)
+            return block.out(self.ops.gelu_quantised(both[:, 3 * width :], attended))
+        qkv, up = block.qkv_up.divided(3 * width)
+        hidden = self.buffer(layout, MLP_RATIO * width)
+        up.gelu_into(hidden, x, self.ops.linear_gelu)
+        return block.out.of_both(self.attention(qkv(x), block, rotary, layout), hidden)
 
     def attention(self, qkv: Tensor, block: DoubleBlock | SingleBlock, rotary: Tensor, layout: Layout) -> Tensor:
         """[rows, ≥ 3·D] → [rows, D]; `qkv` is written to."""
