@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flux_local.model import flash3
 from flux_local.model.ops import E4M3, LARGEST, TINY, Heads, Layout, scatter_into
 
 Attention = Callable[[Heads, Layout, Tensor], None]
@@ -31,14 +32,12 @@ def flash_3() -> Attention:
     Raises:
         ImportError: it is not installed.
     """
-    from flash_attn_interface import flash_attn_func
+    call = flash3.function()
 
     def attention(heads: Heads, layout: Layout, out: Tensor) -> None:
         query, key = (scale.expand(heads.value_scale.shape).contiguous() for scale in heads.scales)
-        found = flash_attn_func(
-            heads.query, heads.key, heads.value, q_descale=query, k_descale=key, v_descale=heads.value_scale
-        )
-        scatter_into(out, found[0] if isinstance(found, tuple) else found, layout)
+        found = call(heads.query, heads.key, heads.value, q_descale=query, k_descale=key, v_descale=heads.value_scale)
+        scatter_into(out, flash3.output(found), layout)
 
     return attention
 
@@ -118,7 +117,7 @@ class CudnnPlan:
 
 LIBRARIES: Mapping[str, Callable[[], Attention]] = {"flash-3": flash_3, "cudnn": cudnn}
 """The fastest first (FlashAttention-3, arXiv 2407.08608, figure 6)."""
-ADVICE = "Install FlashAttention-3 or the package nvidia-cudnn-frontend, or leave --fp8-attention away."
+ADVICE = "Install the package fa3-fwd (FlashAttention-3) or nvidia-cudnn-frontend, or leave --fp8-attention away."
 
 
 def scales(norm: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from the torch form than rounding explains is left out, with a warning: a card m
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flux_local.model import flash3
 from flux_local.model.fp8_attention import LIBRARIES, scales
 from flux_local.model.ops import (
     Backend,
@@ -39,7 +41,7 @@ ATTENTIONS: dict[str, Backend] = {
     "flash": flash_attention,
     "efficient": efficient_attention,
 }
-"""The fastest first (performance on Hopper at head size 128: FlashAttention-3, arXiv 2407.08608, figure 5)."""
+"""Those of torch, the fastest first (on Hopper at head size 128: FlashAttention-3, arXiv 2407.08608, figure 5)."""
 CUDNN_TO_MEND = 91500
 """The last cuDNN, 9.15.0, whose attention errs inside a graph where a number of tokens is no multiple of 128 (pytorch
 issue 169849)."""
@@ -109,7 +111,7 @@ def accelerated(sizes: Sizes, device: str, dtype: torch.dtype) -> tuple[Ops, lis
         findings.append(Finding("triton", False, None, str(error)))
     else:
         ops, findings = choose(kernels | KERNELS, sizes, device, dtype)
-    for name, backend in ATTENTIONS.items():
+    for name, backend in attentions(device).items():
         if name == "cudnn" and (torch.backends.cudnn.version() or 0) <= CUDNN_TO_MEND:
             reason = "cuDNN before 9.15.1 errs at lengths that are no multiple of 128; update it"
             findings.append(Finding("attention cudnn", False, None, reason))
@@ -121,6 +123,15 @@ def accelerated(sizes: Sizes, device: str, dtype: torch.dtype) -> tuple[Ops, lis
             return replace(ops, attention=attention, attention_by=name), findings
     log.warning("no attention backend could be forced; torch's own choice is used")
     return ops, findings
+
+
+def attentions(device: str) -> dict[str, Backend]:
+    """What may be tried on a device, the fastest first."""
+    found: dict[str, Backend] = {}
+    if flash3.suits(device):
+        with contextlib.suppress(ImportError, OSError, RuntimeError):  # not installed, or for another torch
+            found["flash-3"] = flash3.attention()
+    return found | ATTENTIONS
 
 
 def with_fp8_attention(ops: Ops, sizes: Sizes, device: str, dtype: torch.dtype) -> tuple[Ops, list[Finding]]:

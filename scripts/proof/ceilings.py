@@ -9,14 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flux_local.model.geometry import Geometry
+from flux_local.model.selfcheck import attentions
 
 from .scale import Scale
 from .timing import milliseconds
 
-BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 Say = Callable[[str], None]
 
 
@@ -50,15 +49,14 @@ def measure(scale: Scale, device: str, dtype: torch.dtype, say: Say) -> dict[str
     rows = (scale.sides[0] // 16) ** 2 + scale.text
     q, k, v = random(1, rows, 3, geometry.heads, geometry.head_size).permute(2, 0, 3, 1, 4).unbind(0)
     work = 4 * rows * rows * geometry.width / 1e9
-    for backend in BACKENDS:
+    for name, backend in attentions(device).items():
         try:
-            with sdpa_kernel(backend):
-                taken = milliseconds(partial(F.scaled_dot_product_attention, q, k, v), device, 10)
+            taken = milliseconds(partial(backend, q, k, v), device, 10)
         except RuntimeError as error:
-            say(f"  {backend.name} cannot: {str(error)[:80]}")
+            say(f"  attention {name} cannot: {str(error)[:80]}")
             continue
-        found["attention_tflops"][backend.name] = work / taken
-        say(f"  {backend.name} {work / taken:.0f} TFLOP/s at [1, {geometry.heads}, {rows}, {geometry.head_size}]")
+        found["attention_tflops"][name] = work / taken
+        say(f"  attention {name} {work / taken:.0f} TFLOP/s at [1, {geometry.heads}, {rows}, {geometry.head_size}]")
     return found
 
 
