@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
-from gpu_check import Bench, say  # noqa: E402
+from proof.bench import Bench, say  # noqa: E402
 from proof.host import Watch  # noqa: E402
 from proof.scale import REAL, SMALL, Scale  # noqa: E402
 
