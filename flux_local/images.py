@@ -12,8 +12,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from flux_local.params import GenerationParams
 from flux_local.sizes import Size
 
-PNG_LEVEL = 1
-"""zlib's fastest: a third of the time of the default for a few percent more bytes."""
+PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+"""Only runs are looked for: of a photograph that makes as many bytes as zlib's default does, in a third of the time."""
 
 
 def delivered(pixels: bytes, canvas: Size, size: Size) -> Image.Image:
@@ -70,7 +70,7 @@ def encode(picture: Image.Image, params: GenerationParams, text: str | None) -> 
             chunks = PngImagePlugin.PngInfo()
             if text is not None:
                 chunks.add_text("parameters", text)
-            picture.save(out, "PNG", compress_level=PNG_LEVEL, compress_type=zlib.Z_RLE, pnginfo=chunks)
+            picture.save(out, "PNG", pnginfo=chunks, **PNG)
         case "gif":
             picture.save(out, "GIF")
         case "jpeg":
