@@ -35,7 +35,7 @@ from flux_local.model import kernels, vae_kernels  # noqa: E402
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {"x": "*bf16", "branch": "*bf16", "beside": "*bf16", "modulation": "*bf16", "qkv": "*bf16", "weights": "*bf16",
          "out": "*bf16", "rotary": "*fp32", "sums": "*fp32", "scale": "*fp32", "shift": "*fp32", "scales": "*fp32",
-         "value_scale": "*fp32", "weight": "*bf16", "bias": "*bf16", "addend": "*bf16", "found": "*fp32",
+         "value_scale": "*fp32", "tokens": "*fp8e4nv", "weight": "*bf16", "bias": "*bf16", "addend": "*bf16",
          "values": "*fp8e4nv", "epsilon": "fp32", "largest": "fp32", "tiny": "fp32"}  # fmt: skip
 """Of arguments by name; all others are whole numbers."""
 ALIGNED = {"width", "row_stride", "beside_stride", "size", "picture_stride", "stream_stride", "channels", "first"}
@@ -78,6 +78,7 @@ def launches() -> list[Launch]:
         *quantised,
         (kernels._norm_rotate, {"FP8": False, "HEADS": kernels.HEADS, "SIZE": 128}, {}, 2),
         (kernels._norm_rotate, {"FP8": True, "HEADS": kernels.HEADS, "SIZE": 128}, {"out": "*fp8e4nv"}, 1),
+        (kernels._scatter, {"BLOCK": 4096}, {}, 8),
         (kernels._value_scales, {"TOKENS": kernels.TOKENS, "HEADS": kernels.HEADS, "SIZE": 128}, {}, 4),
         (vae_kernels._channel_sums, {"STAGES": vae_kernels.STAGES, "ROWS": 32, "CHANNELS": 128}, {}, 8),
         (

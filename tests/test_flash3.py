@@ -13,9 +13,23 @@ from flux_local.model import flash3
 from flux_local.model.selfcheck import ATTENTIONS, attentions
 
 
-def test_without_a_package_both_are_named() -> None:
-    with pytest.raises(ImportError, match="neither flash_attn_interface nor fa3_fwd_interface"):
+def test_without_a_package_both_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in flash3.PACKAGES:
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"flash_attn_interface: .*; fa3_fwd_interface: "):
         flash3.function()
+
+
+def test_one_that_does_not_work_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = flash3.PACKAGES
+    monkeypatch.setitem(sys.modules, first, ModuleType(first))
+    module = ModuleType(second)
+    monkeypatch.setattr(module, "flash_attn_func", print, raising=False)
+    monkeypatch.setitem(sys.modules, second, module)
+    assert flash3.function() is print
+    monkeypatch.delattr(module, "flash_attn_func")
+    monkeypatch.setattr(flash3, "suits", lambda _: True)
+    assert attentions("cuda") == ATTENTIONS
 
 
 @pytest.mark.parametrize("package", flash3.PACKAGES)

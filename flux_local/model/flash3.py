@@ -5,7 +5,6 @@ Knows no layout of rows and no weights.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -22,13 +21,17 @@ def function() -> Callable[..., Any]:
     """`flash_attn_func`: query, key and value [B, N, heads, size] → the same.
 
     Raises:
-        ImportError: neither package is installed.
+        ImportError: neither package is installed, or what is there does not work; why, package by package.
     """
+    reasons = []
     for name in PACKAGES:
-        with contextlib.suppress(ImportError):
+        try:
             found: Callable[..., Any] = import_module(name).flash_attn_func
+        except Exception as error:  # whatever a library does that was built for another torch
+            reasons.append(f"{name}: {error}")
+        else:
             return found
-    raise ImportError(f"neither {' nor '.join(PACKAGES)}")
+    raise ImportError("; ".join(reasons))
 
 
 def output(found: Any) -> Tensor:

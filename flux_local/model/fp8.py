@@ -31,13 +31,18 @@ costs more than that: up to 2% of a number in sums of 4096 (DeepSeek-V3, arXiv 2
 PRODUCTS = ((77, 512, 256), (512, 21504, 3072), (1541, 21504, 3072), (4096, 3072, 15360))
 """Rows, outputs and inputs that are tried: libraries take other code for other shapes."""
 
+ROWS_ROUNDED = 1024
+
 log = logging.getLogger("flux_local.fp8")
 
 
 def rounded(rows: Tensor) -> Tensor:
-    """[rows, N] as fp8 would have them, in their own dtype."""
-    values, scale = quantised(rows)
-    return (values.float() * scale).to(rows.dtype)
+    """[rows, N] as fp8 would have them, in their own dtype; some at a time, since they are in fp32 on the way."""
+    out = torch.empty_like(rows)
+    for piece, into in zip(rows.split(ROWS_ROUNDED), out.split(ROWS_ROUNDED), strict=True):
+        values, scale = quantised(piece)
+        into.copy_(values.float() * scale)
+    return out
 
 
 @dataclass(frozen=True)

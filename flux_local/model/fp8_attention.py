@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from flux_local.model import flash3
-from flux_local.model.ops import E4M3, LARGEST, TINY, Heads, Layout, scatter_into
+from flux_local.model.ops import E4M3, LARGEST, TINY, Heads, Layout
 
 Attention = Callable[[Heads, Layout, Tensor], None]
 """`ops.attention_quantised`."""
+Scatter = Callable[[Tensor, Tensor, Layout, Tensor | None], None]
+"""`ops.scatter_into`."""
 BLACKWELL = (10, 0)
 """CUDA capability from which cuDNN's fp8 attention can write bf16."""
 PROBABILITY = 256.0
 """What cuDNN multiplies a probability by before it becomes e4m3: of the powers of two, the largest under 448."""
 
 
-def flash_3() -> Attention:
+def flash_3(scatter: Scatter) -> Attention:
     """FlashAttention-3 (arXiv 2407.08608, section 3.3): scales of its own for each head.
 
     Raises:
@@ -37,12 +39,12 @@ def flash_3() -> Attention:
     def attention(heads: Heads, layout: Layout, out: Tensor) -> None:
         query, key = (scale.expand(heads.value_scale.shape).contiguous() for scale in heads.scales)
         found = call(heads.query, heads.key, heads.value, q_descale=query, k_descale=key, v_descale=heads.value_scale)
-        scatter_into(out, flash3.output(found), layout)
+        scatter(out, flash3.output(found), layout, None)
 
     return attention
 
 
-def cudnn() -> Attention:
+def cudnn(scatter: Scatter) -> Attention:
     """cuDNN's fp8 attention (nvidia-cudnn-frontend on cuDNN 9.14 or newer, Hopper or newer).
 
     Raises:
@@ -50,10 +52,6 @@ def cudnn() -> Attention:
     """
     import cudnn as front
 
-    try:
-        from flux_local.model.kernels import scatter_into as scatter
-    except ImportError:
-        scatter = scatter_into
     plans: dict[tuple[torch.Size, torch.device], CudnnPlan] = {}
 
     def attention(heads: Heads, layout: Layout, out: Tensor) -> None:
@@ -115,7 +113,7 @@ class CudnnPlan:
         return out
 
 
-LIBRARIES: Mapping[str, Callable[[], Attention]] = {"flash-3": flash_3, "cudnn": cudnn}
+LIBRARIES: Mapping[str, Callable[[Scatter], Attention]] = {"flash-3": flash_3, "cudnn": cudnn}
 """The fastest first (FlashAttention-3, arXiv 2407.08608, figure 6)."""
 ADVICE = "Install the package fa3-fwd (FlashAttention-3) or nvidia-cudnn-frontend, or leave --fp8-attention away."
 

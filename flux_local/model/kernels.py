@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flux_local.model import ops
 from flux_local.model.ops import E4M3, EPSILON, LARGEST, TINY, Heads, Layout, Rows, Site
 from flux_local.model.vae_kernels import doubled, group_norm_silu, residual_sum
 
@@ -248,8 +249,11 @@ def _scatter(tokens, scales, out, heads, size, row_stride, text_rows, text, imag
     tl.store(out + row * row_stride + column, (value * scale).to(out.dtype.element_ty), inside)
 
 
-def scatter_into(out: Tensor, tokens: Tensor, layout: Layout, scale: Tensor) -> None:
-    """`ops.scatter_into`, of contiguous tokens."""
+def scatter_into(out: Tensor, tokens: Tensor, layout: Layout, scale: Tensor | None) -> None:
+    """`ops.scatter_into`, where there are scales, of contiguous tokens."""
+    if scale is None:
+        ops.scatter_into(out, tokens, layout)
+        return
     heads, size = tokens.shape[2:]
     assert tokens.is_contiguous()
     assert out.stride(1) == 1
@@ -308,6 +312,7 @@ KERNELS: dict[str, Any] = {
     "modulated_norm": modulated_norm,
     "add_norm": add_norm,
     "norm_rotate_": norm_rotate_,
+    "scatter_into": scatter_into,
     "heads_quantised": heads_quantised,
     "group_norm_silu": group_norm_silu,
     "residual_sum": residual_sum,

@@ -312,6 +312,7 @@ class Ops:
     norm_rotate_: Callable[[Tensor, int, Tensor, Tensor, Layout], None] = norm_rotate_
     linear_gelu: Callable[[Tensor, Tensor, Tensor, Tensor], None] = linear_gelu
     attention: Callable[[Tensor, int, int, Layout], Tensor] = attention
+    scatter_into: Callable[[Tensor, Tensor, Layout, Tensor | None], None] = scatter_into
     heads_quantised: Callable[[Tensor, int, Tensor, Tensor, Tensor, Layout], Heads] = heads_quantised
     attention_quantised: Callable[[Heads, Layout, Tensor], None] = attention_quantised
     group_norm_silu: Callable[[Tensor, int, Tensor, Tensor, float, Tensor | None], Tensor] = group_norm_silu

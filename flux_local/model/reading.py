@@ -79,7 +79,10 @@ class Pieces:
         self.own: Any = safe_open(path, framework="pt", device=str(device))  # which looks whether the file is whole
         self.file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.file)
-        self.entries = entries(self.file)
+        try:
+            self.entries = entries(self.file)
+        except EOFError as error:
+            raise self.cut() from error
 
     def keys(self) -> Sequence[str]:
         return list(self.own.keys())
@@ -94,8 +97,11 @@ class Pieces:
         try:
             ring.fill(tensor.reshape(-1).view(torch.uint8), self.file, entry.at)
         except EOFError as error:
-            raise WeightsError(f"{self.path} is damaged: it is cut. {FETCH_AGAIN}") from error
+            raise self.cut() from error
         return tensor
+
+    def cut(self) -> WeightsError:
+        return WeightsError(f"{self.path} is damaged: it is cut. {FETCH_AGAIN}")
 
 
 @dataclass(frozen=True)

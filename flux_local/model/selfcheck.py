@@ -6,7 +6,6 @@ from the torch form than rounding explains is left out, with a warning: a card m
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from torch import Tensor
 from flux_local.model import flash3
 from flux_local.model.fp8_attention import LIBRARIES, scales
 from flux_local.model.ops import (
+    E4M3,
     Backend,
     Heads,
     Layout,
@@ -129,8 +129,10 @@ def attentions(device: str) -> dict[str, Backend]:
     """What may be tried on a device, the fastest first."""
     found: dict[str, Backend] = {}
     if flash3.suits(device):
-        with contextlib.suppress(ImportError, OSError, RuntimeError):  # not installed, or for another torch
+        try:
             found["flash-3"] = flash3.attention()
+        except ImportError as error:
+            log.info("no FlashAttention-3 (%s)", error)
     return found | ATTENTIONS
 
 
@@ -142,7 +144,7 @@ def with_fp8_attention(ops: Ops, sizes: Sizes, device: str, dtype: torch.dtype) 
     findings = []
     for name, find in LIBRARIES.items():
         try:
-            attention = find()
+            attention = find(ops.scatter_into)
         except ImportError as error:
             findings.append(Finding(f"fp8 attention {name}", False, None, f"not installed ({error})"))
             continue
@@ -243,6 +245,16 @@ def try_attention(op: Any, sizes: Sizes, data: Data) -> Tensor:
     return found
 
 
+def try_scatter(op: Any, sizes: Sizes, data: Data) -> Tensor:
+    """Into a strided part of a buffer, in fp8 as cuDNN gives it."""
+    layout, width = sizes.layout, sizes.heads * sizes.head_size
+    tokens = data.random(0, layout.batch, layout.text + layout.image, sizes.heads, sizes.head_size).to(E4M3)
+    scale = Data(data.device, torch.float32, torch.float32).random(1, layout.batch, sizes.heads)
+    buffer = torch.zeros(layout.rows, 2 * width, dtype=data.given, device=data.device)
+    op(buffer[:, width:], tokens, layout, scale)
+    return buffer
+
+
 def some_heads(op: Any, sizes: Sizes, data: Data) -> Heads:
     """Heads in fp8 of random queries, keys and values, by a form of `heads_quantised`."""
     tokens = sizes.layout.text + sizes.layout.image
@@ -309,6 +321,7 @@ TRIALS: dict[str, Callable[[Any, Sizes, Data], Tensor]] = {
     "residual_sum": try_residual_sum,
     "doubled": try_doubled,
     "attention": try_attention,
+    "scatter_into": try_scatter,
     "heads_quantised": try_heads_quantised,
     "attention_quantised": try_attention_quantised,
     "quantised": try_quantised,

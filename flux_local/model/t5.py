@@ -96,7 +96,7 @@ def fastest(
     expected = theirs(ids).float()
     try:
         off = float((ours(ids).float() - expected).norm() / expected.norm())
-    except (AttributeError, RuntimeError) as error:  # another transformers, or a GPU without such a kernel
+    except Exception as error:  # another transformers, or a GPU without such a kernel
         if memory.is_exhausted(error):
             raise
         log.warning("T5 runs as transformers has it: %s", str(error).partition("\n")[0])

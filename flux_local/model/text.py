@@ -56,13 +56,13 @@ class PromptEncoder:
         self.text_encoder_2 = text_encoder_2
         self.device = torch.device(device) if device else text_encoder_2.device
         self.max_length: int = tokenizer_2.model_max_length
-        self.states: Reader = lambda ids: text_encoder_2(ids).last_hidden_state
-        self.pooled: Reader = lambda ids: text_encoder(ids).pooler_output
-        if self.device.type == "cuda" and not hooked:
-            self.states = fastest(text_encoder_2, self.max_length, self.device)
-            if not packed:
-                self.states = recorded(self.states, self.device)
-            self.pooled = recorded(self.pooled, self.device, beside=self.states)
+        states: Reader = lambda ids: text_encoder_2(ids).last_hidden_state  # noqa: E731
+        pooled: Reader = lambda ids: text_encoder(ids).pooler_output  # noqa: E731
+        here = self.device.type == "cuda" and not hooked
+        self.shorter = fastest(text_encoder_2, self.max_length, self.device) if here else states
+        """T5 for what is cut shorter than usual: too rare to have a graph of every length."""
+        self.states = recorded(self.shorter, self.device) if here and not packed else self.shorter
+        self.pooled = recorded(pooled, self.device, beside=self.states) if here else pooled
 
     def forget(self) -> None:
         """Lets the CUDA graphs go; they are recorded again as they are wanted."""
@@ -90,7 +90,8 @@ class PromptEncoder:
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         )
-        states = self.states(t5.input_ids.to(self.device))
+        read = self.states if length == self.max_length else self.shorter
+        states = read(t5.input_ids.to(self.device))
         pooled = self.pooled(clip.input_ids.to(self.device))
         tokens = int(t5.attention_mask.sum())
         end = int(t5.offset_mapping[0, :tokens, 1].max()) if tokens else 0

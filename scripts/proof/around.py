@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flux_local.model.denoiser import Denoiser
-from flux_local.model.graphs import recorded
+from flux_local.model.graphs import Graphs, recorded
 from flux_local.model.latents import initial_noise
 from flux_local.model.t5 import T5Encoder, fastest
 from flux_local.model.vae import Autoencoder
@@ -38,6 +38,8 @@ def around(bench: Bench) -> None:
         for name, work in (("t5_ms", read), ("t5_by_transformers_ms", lambda ids: t5(ids).last_hidden_state)):
             timings[name] = bench.milliseconds(lambda: work(tokens))  # noqa: B023
         say(f"  T5: {timings['t5_ms']:.2f} ms, by transformers {timings['t5_by_transformers_ms']:.2f} ms")
+        if isinstance(read, Graphs):
+            bench.report.check("CUDA graphs, T5", bool(read.captured) and not read.refused)
         for side in bench.scale.sides:
             noise = initial_noise(0, side, side).to(bench.device, bench.dtype)
             timings[f"decode_{side}_ms"] = bench.milliseconds(lambda: vae.decode(noise, side, side))  # noqa: B023

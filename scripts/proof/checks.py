@@ -120,7 +120,10 @@ def correctness(bench: Bench) -> None:
         error = float((found - drawn["ours"]).norm() / drawn["ours"].norm())
         name = f"velocity at {side}² in fp8, attention too, against ours"
         bench.report.check(name, 0 < error <= 1.5 * FP8_STEP, error=error, limit=1.5 * FP8_STEP)
-    for name, transformer in (("bf16", bench.ours), ("fp8", bench.fast)):
+    modes = {"bf16": bench.ours, "fp8": bench.fast, "fp8 attention": bench.fastest}
+    for name, transformer in modes.items():
+        if transformer is None:
+            continue
         for batch in bench.scale.batches[1:]:
             same = Denoiser(transformer).independent(side, side, batch, bench.prompt(0))
             bench.report.independent[f"{name}, {batch} at {side}"] = same
