@@ -99,7 +99,14 @@ def test_a_gpu_takes_our_pass_only_if_it_agrees(caplog: pytest.LogCaptureFixture
     assert not taken(lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, scale=1.0))
     assert not taken(lambda q, k, v, bias: v * float("nan"))
     assert not taken(efficient_attention), "a CPU has none"
-    assert [record.message[:24] for record in caplog.records] == 3 * ["T5 runs as transformers "]
+    assert not taken(lambda q, k, v: v), "a TypeError, as of another transformers' layers"
+    assert [record.message[:24] for record in caplog.records] == 4 * ["T5 runs as transformers "]
+
+    def exhausted(*_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        taken(exhausted)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +117,19 @@ def test_what_is_recorded(
 ) -> None:
     names: list[str] = []
 
+    lengths: list[int] = []
+
     def record(function: Any, device: torch.device, work: int = 0, beside: Any = None) -> Any:
-        names.append("clip" if beside else "t5")
-        return function
+        name = "clip" if beside else "t5"
+        names.append(name)
+
+        def seen(ids: Tensor) -> Tensor:
+            if name == "t5":
+                lengths.append(ids.shape[1])
+            found: Tensor = function(ids)
+            return found
+
+        return seen
 
     monkeypatch.setattr(text, "recorded", record)
     monkeypatch.setattr(text, "fastest", lambda module, length, device: T5Encoder(module, attention))
@@ -121,4 +138,7 @@ def test_what_is_recorded(
     made = PromptEncoder(*encoders, "cuda", hooked=hooked, packed=packed)
     assert names == recorded
     made.device = CPU
-    torch.testing.assert_close(made.encode("a red circle").states, theirs.encode("a red circle").states)
+    for length in (None, 20):
+        expected = theirs.encode("a red circle", max_length=length).states
+        torch.testing.assert_close(made.encode("a red circle", max_length=length).states, expected)
+    assert lengths == ([made.max_length] if "t5" in recorded else []), "none of a prompt that is cut shorter"
