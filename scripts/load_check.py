@@ -65,6 +65,10 @@ BODIES: dict[str, dict[str, Any]] = {
     "512²": {"size": "512x512"},
     "512² go_fast": {"size": "512x512", "go_fast": True},
 }
+SMALL_BODIES: dict[str, dict[str, Any]] = {
+    "128²": {"size": "128x128"},
+    "128² go_fast": {"size": "128x128", "go_fast": True},
+}
 
 
 def write_model(folder: Path, device: str, scale: Scale) -> None:
@@ -289,7 +293,7 @@ def main() -> int:
             found.append(child(folder, options.device, tier, 128 if options.small else options.side))
             say(json.dumps(found[-1]))
             write()
-        kinds = {"64²": {"size": "128x128"}} if options.small else BODIES
+        kinds = SMALL_BODIES if options.small else BODIES
         for name, flags in SERVERS.items():
             wanted = {kind: body for kind, body in kinds.items() if not flags or "go_fast" in body}
             server[name] = served(folder, options.device, flags, wanted)

@@ -83,6 +83,7 @@ class Autoencoder:
             for upsampler in block.upsamplers or ():
                 x = self.ops.doubled(x)
                 yield
+                assert bias is None, "a block has one upsampler"
                 x, bias = yield from self.unbiased(upsampler.conv, x)
         x = self.norm_silu(decoder.conv_norm_out, x, bias)
         yield
