@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,11 +88,7 @@ def write_model(folder: Path, device: str, scale: Scale) -> None:
     }
     for name, make in parts.items():
         module = bench.filled(make)
-        write_tensors(module, folder / name, "diffusion_pytorch_model" if name in ("transformer", "vae") else "model")
-        if hasattr(module, "save_config"):
-            module.save_config(folder / name)
-        else:
-            module.config.save_pretrained(folder / name)
+        module.save_pretrained(folder / name, max_shard_size="10GB")
         del module
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(EMBEDDED / name, folder / name)
@@ -102,28 +97,6 @@ def write_model(folder: Path, device: str, scale: Scale) -> None:
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-
-
-def write_tensors(module: Any, folder: Path, name: str) -> None:
-    """A module's tensors in files of 2 GB and an index, several at a time."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    state = dict({tensor.data_ptr(): (key, tensor) for key, tensor in reversed(module.state_dict().items())}.values())
-    split = split_torch_state_dict_into_shards(
-        state, filename_pattern=name + "{suffix}.safetensors", max_shard_size="2GB"
-    )
-
-    def write(file: str) -> None:
-        tensors = {key: state[key].cpu() for key in split.filename_to_tensors[file]}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(write, split.filename_to_tensors))
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index))
 
 
 def load_once(folder: Path, device: str, tier: memory.Tier, side: int, born: float) -> dict[str, Any]:

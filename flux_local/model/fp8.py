@@ -30,8 +30,8 @@ PRODUCT_TOLERANCE = 3e-2
 costs more than that: up to 2% of a number in sums of 4096 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2)."""
 PRODUCTS = ((77, 512, 256), (512, 21504, 3072), (1541, 21504, 3072), (4096, 3072, 15360))
 """Rows, outputs and inputs that are tried: libraries take other code for other shapes."""
-
 ROWS_ROUNDED = 1024
+"""At a time, by the emulation."""
 
 log = logging.getLogger("flux_local.fp8")
 

@@ -101,7 +101,7 @@ def choose(kernels: Mapping[str, Any], sizes: Sizes, device: str, dtype: torch.d
 
 
 def accelerated(sizes: Sizes, device: str, dtype: torch.dtype) -> tuple[Ops, list[Finding]]:
-    """The fastest operations that a GPU does rightly: Triton's kernels and the first attention of `ATTENTIONS`."""
+    """The fastest operations that a GPU does rightly: Triton's kernels and the first of `attentions`."""
     kernels: dict[str, Any] = {"linear_gelu": linear_gelu_at_once}
     try:
         from flux_local.model.kernels import KERNELS
