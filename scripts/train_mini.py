@@ -4,9 +4,10 @@
     scripts/train_mini.py                     train (or go on training) and write weights/flux-krea-mini
     scripts/train_mini.py --evaluate          measure the model in weights/flux-krea-mini
     scripts/train_mini.py --scale 0.01        all stages in a minute, to try the script out
+    scripts/train_mini.py --device cuda --batch 512 --workers 12
 
 A run goes on from the checkpoints in --work; the same seed gives the same data in the same order. There, as it goes,
-are losses.png (matplotlib is needed, the extra `train`) and a sheet of samples every 1,000 steps of the transformer.
+are losses.png (with matplotlib, the extra `train`) and a sheet of samples every 1,000 steps of the transformer.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only-practice", action="store_true", help="the last stage alone")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--batch", type=int, default=48, help="pictures a step of the transformer (default 48; 512 on a GPU)"
+    )
+    p.add_argument("--workers", type=int, default=0, help="processes that draw (default 0: this one; a GPU wants 12)")
     p.add_argument("--scale", type=float, default=1.0, help="share of the recipe's steps (default 1)")
     p.add_argument("--eager", action="store_true", help="without torch.compile: slower, but starts at once")
     p.add_argument("--export", action="store_true", help="write the folder from the latest checkpoint and stop")
@@ -66,26 +71,25 @@ def train(options: argparse.Namespace) -> None:
     from flux_local.model.loader import load
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("Training plots its losses with matplotlib, which is not here: pip install matplotlib")
+        print("No losses.png without matplotlib: pip install matplotlib", file=sys.stderr)
 
     def look(painter: flow.Painter, step: int, name: str = "samples") -> None:
         folder = run.work / "model"
         export(folder, *copy.deepcopy((autoencoder, painter)))
         sheet(load(folder, "cpu"), run.work / f"{name}-{step:06}.png", options.steps, world=run.world)
 
-    run = Run(options.work, options.seed, torch.device(options.device), WORLDS[options.world])
+    device, world = torch.device(options.device), WORLDS[options.world]
+    run = Run(options.work, options.seed, device, world, options.batch, options.workers)
     if options.known or options.only_practice:
         autoencoder = AutoencoderKL.from_pretrained(options.begin / "vae", torch_dtype=torch.float32)
     else:
         autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)), options.begin)
+    painter = flow.kept(options.begin, run.seed) if options.only_practice else flow.Painter(run.seed)
     if options.export:
-        painter = flow.latest(run)
+        painter = flow.latest(run, painter)
     else:
         how = {"scale": options.scale, "compiled": not options.eager}
-        if options.only_practice:
-            painter = flow.Painter(run.seed)
-            flow.take(painter, options.begin)
-        else:
+        if not options.only_practice:
             painter = flow.train(run, autoencoder, **how, look=look, begin=options.begin, known=options.known)
             painter = guidance.train(run, painter, autoencoder, **how)
         painter = practice.train(run, painter, autoencoder, **how, look=partial(look, name="practice"))
@@ -137,6 +141,7 @@ def export(out: Path, autoencoder: Any, painter: Any) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Prints what the model can do; writes it, a sheet of samples and the model card beside the weights."""
     import torch
+    from diffusers import AutoencoderKL
     from mini import abilities, card, flow, vae
     from mini.drawings import WORLDS
     from mini.evaluate import evaluate as measure
@@ -180,7 +185,8 @@ def evaluate(options: argparse.Namespace) -> None:
     sheet(pipeline, options.out / "samples.png", options.steps, side=192, world=world)
     parts = {"transformer": "transformer", "autoencoder": "vae", "T5": "text_encoder_2", "CLIP": "text_encoder"}
     counts = {name: parameters(options.out / folder) for name, folder in parts.items()}
-    quality = {side: vae.psnr(pipeline.vae.vae, torch.device(options.device), side, world) for side in (128, 192)}
+    autoencoder = AutoencoderKL.from_pretrained(options.out / "vae", torch_dtype=torch.float32).to(options.device)
+    quality = {side: vae.psnr(autoencoder, torch.device(options.device), side, world) for side in (128, 192)}
     card.record_training(options.out, options.work / "log.jsonl")
     card.write(options.out, counts, quality, pipeline.text.max_length)
 

@@ -26,7 +26,9 @@ def test_the_judge_is_right_about_drawings(width: int, height: int, world: World
     rng = random.Random(width)
     for _ in range(100):
         scene = random_scene(rng, width, height, world=world)
-        assert judge(draw(scene, width, height), scene, world=world).perfect, scene
+        verdict = judge(draw(scene, width, height), scene, world=world)
+        assert verdict.perfect, scene
+        assert verdict.outline > 0.95, scene
 
 
 def test_the_judge_sees_what_is_wrong() -> None:
@@ -38,6 +40,7 @@ def test_the_judge_sees_what_is_wrong() -> None:
         same = (scene.background == other.background, scene.things[0].colour == other.things[0].colour,
                 scene.things[0].shape == other.things[0].shape)  # fmt: skip
         assert (verdict.background, verdict.colour, verdict.shape) == same
+        assert verdict.outline > 0.9, "of whichever shape it is"
         wrong += not all(same)
     assert wrong > 50
 

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from mini import flow, practice
 from mini.drawings import FIRST, Scene, Thing, draw, outline, random_scene, unit
 from mini.judge import judge
+from mini.pools import encoded
 from mini.run import Run
 from mini.text import byte_pairs, lend_words
 from mini.widen import widened
@@ -52,8 +53,8 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     assert (begun / text).read_bytes() == (folder / text).read_bytes()
     assert (begun / weights.relative_to(folder)).read_bytes() != first
     practised = begun.parent / "practised"
-    run(*warm[:2], "--only-practice", "--out", str(practised), "--work", str(tmp_path / "practice"), "--eager",
-        "--scale", "0.0002")  # fmt: skip
+    run(*warm[:2], "--only-practice", "--out", str(practised), "--seed", "5", "--eager",
+        "--work", str(tmp_path / "practice"), "--scale", "0.0002", "--batch", "40", "--workers", "2")  # fmt: skip
     assert (practised / text).read_bytes() == (folder / text).read_bytes()
     assert "_name_or_path" not in (practised / "vae" / "config.json").read_text()
     assert (practised / "tokenizer" / "tokenizer.json").read_bytes() == vocabulary
@@ -120,7 +121,7 @@ def mended(
 ) -> list[Scene]:
     """What the scenes should have been where `pictures` were drawn; every other prompt leaves the background open."""
     run = Run(folder, 0, torch.device("cpu"), FIRST)
-    latents = flow.encoded(run, vae, pictures, *canvas)
+    latents = encoded(run, vae, pictures, *canvas)
     return practice.mended(run, vae, scenes, [i % 2 == 0 for i in range(len(scenes))], latents, *canvas)
 
 

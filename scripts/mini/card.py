@@ -102,7 +102,8 @@ def measured(results: dict[str, Any]) -> str:
     parts = [
         table("canvas", results["canvases"]),
         f"{results['prompts']} prompts a canvas, as many of each kind, {results['steps']} steps. 'relation' means all "
-        "objects right and where the prompt says.",
+        "objects right and where the prompt says; 'outline' is the mean overlap of a thing with the outline of its "
+        "area and centre that fits it best.",
     ]
     if "one or two" in results:
         parts += [

@@ -13,6 +13,7 @@ import zlib
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 Rgb = tuple[int, int, int]
@@ -203,6 +204,11 @@ def draw(scene: Scene, width: int, height: int) -> Image.Image:
         x, y = thing.centre[0] * 2 * width, thing.centre[1] * 2 * height
         pen.polygon(outline(thing.shape, x, y, thing.radius * pixels), fill=COLOURS[thing.colour])
     return picture.reduce(2)
+
+
+def painted(scenes: list[Scene], width: int, height: int) -> np.ndarray:
+    """uint8 [scenes, height, width, 3]."""
+    return np.stack([np.asarray(draw(scene, width, height)) for scene in scenes])
 
 
 def row_colour(scene: Scene, depth: float) -> Rgb:

@@ -87,7 +87,7 @@ def paint(
 
 
 def share(verdicts: list[Verdict], part: str) -> float:
-    """Percentage right among those where the part was asked for."""
+    """Percentage right among those where the part was asked for; of outlines, the mean in percent."""
     asked = [getattr(v, part) for v in verdicts if getattr(v, part) is not None]
     return round(100 * sum(asked) / len(asked), 1) if asked else float("nan")
 
@@ -112,7 +112,7 @@ def evaluate(
         for question, picture in zip(chosen, pictures, strict=True):
             verdicts.append(judge(picture, question.scene, question.mentions_size, world))
             on_picture()
-        for part in ("background", "colour", "shape", "size", "relation", "place"):
+        for part in ("background", "colour", "shape", "size", "relation", "place", "outline"):
             if any(getattr(v, part) is not None for v in verdicts):
                 figures[f"{kind}: {part}"] = share(verdicts, part)
     return figures

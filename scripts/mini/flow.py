@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,19 +22,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from flux_local.model.latents import pack, position_ids
+from flux_local.model.latents import position_ids
 from flux_local.sizes import GRID, RATIOS, CanvasRange, canvas_for
 
 from . import reading
-from .drawings import Scene, World, random_scene
+from .drawings import Scene, World
+from .pools import Pools
 from .run import Run
 from .sentences import describe
 from .text import T5_LENGTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
-from .vae import rendered
 from .widen import widened
 
-CHUNK = 4096  # pictures encoded at a time
-REUSE = 10  # epochs over a chunk before it is replaced
 MATRIX_RATE, OTHER_RATE = 5e-3, 6e-4  # peaks for Muon and for AdamW: with the latter over 1e-3 the loss goes up again
 AVERAGE = 0.998
 LOOK_EVERY = 1000
@@ -60,16 +60,15 @@ SHIFTS = {64: 1.0, 144: 1.3}
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` optimiser steps on pictures of the given canvases in turn, `batch` at a time."""
+    """`steps` optimiser steps on pictures of the given canvases in turn."""
 
     canvases: tuple[tuple[int, int], ...]
-    batch: int
     steps: int
 
 
 PHASES = (
-    Phase((SQUARE,), 48, 9000),
-    Phase(tuple(c for pair in zip(*[iter(OTHER_SHAPES)] * 2, strict=True) for c in (SQUARE, *pair)), 48, 8000),
+    Phase((SQUARE,), 9000),
+    Phase(tuple(c for pair in zip(*[iter(OTHER_SHAPES)] * 2, strict=True) for c in (SQUARE, *pair)), 8000),
 )
 WARM_RATE = 0.5  # of the peak rates, for weights that have been trained before
 
@@ -144,63 +143,13 @@ def take(painter: Painter, folder: Path) -> None:
         own.load_state_dict(state)
 
 
-@torch.no_grad()
-def encoded(run: Run, vae: AutoencoderKL, scenes: list[Scene], width: int, height: int) -> torch.Tensor:
-    """Scaled latents of the scenes' drawings, packed: [scenes, tokens, 64]."""
-    parts = []
-    for at in range(0, len(scenes), 32):
-        x = rendered(scenes[at : at + 32], width, height)
-        with run.autocast():
-            mean = vae.encode(x.to(run.device, memory_format=torch.channels_last)).latent_dist.mean
-        parts.append(pack((mean.float() - vae.config.shift_factor) * vae.config.scaling_factor))
-    return torch.cat(parts)
-
-
-class Pool:
-    """Scaled latents of fresh drawings on one canvas. What step `k` gets depends on the seed and `k` alone."""
-
-    def __init__(
-        self, run: Run, vae: AutoencoderKL, width: int, height: int, batch: int, chunk: int, offset: int
-    ) -> None:
-        self.run, self.vae, self.width, self.height, self.offset = run, vae, width, height, offset
-        self.batch, self.chunk, self.loaded = batch, chunk, -1
-        self.scenes: list[Scene] = []
-        self.latents = torch.empty(0)
-
-    def __call__(self, step: int) -> tuple[torch.Tensor, list[Scene]]:
-        index = step * self.batch // (self.chunk * REUSE)
-        if index != self.loaded:
-            self.load(index)
-        chosen = random.Random(f"{self.run.seed} {self.width}x{self.height} {self.offset + step}").sample(
-            range(self.chunk), self.batch
-        )
-        return self.latents[chosen].float(), [self.scenes[i] for i in chosen]
-
-    def load(self, index: int) -> None:
-        rng = random.Random(f"{self.run.seed} {self.width}x{self.height} chunk {self.offset + index}")
-        self.scenes = [random_scene(rng, self.width, self.height, world=self.run.world) for _ in range(self.chunk)]
-        self.latents = encoded(self.run, self.vae, self.scenes, self.width, self.height).half()
-        self.loaded = index
-
-
-class Pools:
-    """Pictures of canvases in turn. A canvas that comes up twice in a cycle has one pool all the same."""
-
-    def __init__(
-        self, run: Run, vae: AutoencoderKL, canvases: Sequence[tuple[int, int]], batch: int, steps: int, offset: int
-    ) -> None:
-        self.cycle = canvases
-        self.pools = {}
-        for canvas in dict.fromkeys(canvases):
-            chunk = min(CHUNK * canvases.count(canvas) // len(canvases), batch * steps)
-            self.pools[canvas] = Pool(run, vae, *canvas, batch, max(batch, chunk), offset)
-
-    def __call__(self, step: int) -> tuple[tuple[int, int], torch.Tensor, list[Scene]]:
-        """Canvas, latents [batch, tokens, 64] and scenes of step `step`."""
-        rounds, place = divmod(step, len(self.cycle))
-        canvas = self.cycle[place]
-        turn = rounds * self.cycle.count(canvas) + self.cycle[:place].count(canvas)
-        return canvas, *self.pools[canvas](turn)
+def kept(folder: Path, seed: int) -> Painter:
+    """A model folder's painter as it is, its tokenizers with it."""
+    found = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    painter = Painter(seed)
+    for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "transformer"):
+        setattr(painter, part, getattr(found, part))
+    return painter
 
 
 class Optimisers:
@@ -257,13 +206,14 @@ def random_sigmas(count: int, tokens: int, generator: torch.Generator) -> torch.
     A picture is decided while it is nearly noise, and in this world the prompt decides almost all of it: that share is
     what makes words act, in half the time.
     """
-    t = torch.sigmoid(torch.randn(count, generator=generator)).clamp(1e-4, 1 - 1e-4)
+    draw = partial(torch.rand, count, generator=generator, device=generator.device)
+    t = torch.sigmoid(torch.randn(count, generator=generator, device=generator.device)).clamp(1e-4, 1 - 1e-4)
     few, many = SHIFTS
     shift = math.exp(calculate_shift(tokens, few, many, SHIFTS[few], SHIFTS[many]) if tokens >= few else 1.0)
-    uniform = torch.rand(count, generator=generator)
-    spread = torch.where(torch.rand(count, generator=generator) < 0.5, uniform, shift / (shift + 1 / t - 1))
-    first = 0.9 + 0.1 * torch.rand(count, generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < NEARLY_NOISE, first, spread)
+    uniform = draw()
+    spread = torch.where(draw() < 0.5, uniform, shift / (shift + 1 / t - 1))
+    first = 0.9 + 0.1 * draw()
+    return torch.where(draw() < NEARLY_NOISE, first, spread)
 
 
 def compile_blocks(painter: Painter) -> None:
@@ -310,11 +260,12 @@ def train(
     first = 0
     with run.progress("transformer", steps, start) as progress:
         for phase, length in zip(phases, lengths, strict=True):
-            pools = Pools(run, vae, phase.canvases, phase.batch, length, first)
+            pools = Pools(run, vae, phase.canvases, run.batch, length, first)
             for step in range(max(first, start), first + length):
-                generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
+                generator = run.generator(step)
                 canvas, latents, scenes = pools(step - first)
-                noisy, sigma, wanted = noised(latents, generator)
+                sigma = random_sigmas(len(latents), latents.shape[1], generator)
+                noisy, wanted = noised(latents, sigma, generator)
                 prompts = worded(scenes, sigma, random.Random(f"{run.seed} words {step}"), run.world)
                 guidance = torch.full((len(latents),), GUIDANCE)
                 predicted = velocity(run, painter, noisy, sigma, prompts, guidance, *canvas)
@@ -349,11 +300,10 @@ def worded(
     return prompts
 
 
-def noised(latents: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scaled latents [batch, tokens, 64] → (the same under noise, their noise levels [batch], the velocities)."""
-    sigma = random_sigmas(len(latents), latents.shape[1], generator)
-    noise = torch.randn(latents.shape, generator=generator)
-    return torch.lerp(latents, noise, sigma[:, None, None]), sigma, noise - latents
+def noised(latents: torch.Tensor, sigma: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled latents [batch, tokens, 64] → (the same under noise of the levels [batch], the velocities)."""
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    return torch.lerp(latents, noise, sigma[:, None, None]), noise - latents
 
 
 def velocity(
@@ -370,7 +320,7 @@ def velocity(
     device = run.device
     with run.autocast():
         states, pooled = painter.read(prompts)
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
             predicted = painter.transformer(
                 hidden_states=noisy.to(device),
                 encoder_hidden_states=states,
@@ -390,9 +340,9 @@ def weighted(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return (error.square().mean(dim=(1, 2)) * sigma.to(error.device)).mean()
 
 
-def latest(run: Run) -> Painter:
-    """The averaged weights of the last checkpoint of the last stage that has one."""
-    average = AveragedModel(Painter(run.seed), multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+def latest(run: Run, painter: Painter) -> Painter:
+    """The averaged weights of the last checkpoint of the last stage that has one, in a painter of that kind."""
+    average = AveragedModel(painter, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     stages = [run.work / f"{stage}.pt" for stage in ("practice", "guidance", "flow")]
     path = next((stage for stage in stages if stage.exists()), stages[-1])
     average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])

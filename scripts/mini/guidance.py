@@ -15,10 +15,10 @@ from diffusers import AutoencoderKL
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import flow
+from .pools import Pools
 from .run import Run
 
 STEPS = 300
-BATCH = 48
 RATE = 0.25  # of the peak rates of the stage before
 AVERAGE = 0.99
 HIGHEST = 20.0
@@ -53,21 +53,22 @@ def train(
     optimiser = flow.Optimisers(painter, RATE)
     start = run.resume("guidance", painter, optimiser, average=average)
     rate = run.one_cycle(steps, warm_up=20)
-    pools = flow.Pools(run, vae, flow.PHASES[-1].canvases, BATCH, steps, 10_000_000)
+    pools = Pools(run, vae, flow.PHASES[-1].canvases, run.batch, steps, 10_000_000)
     with run.progress("guidance", steps, start) as progress:
         for step in range(start, steps):
-            generator = torch.Generator().manual_seed(run.seed * 1_000_003 + 10_000_000 + step)
+            generator = run.generator(10_000_000 + step)
             canvas, latents, scenes = pools(step)
-            noisy, sigma, _ = flow.noised(latents, generator)
+            sigma = flow.random_sigmas(len(latents), latents.shape[1], generator)
+            noisy, _ = flow.noised(latents, sigma, generator)
             prompts = flow.worded(scenes, sigma, random.Random(f"{run.seed} guided words {step}"), run.world)
             # Half of the values from 1 to 6, where requests are; the effect is linear, so the others may be few.
-            span = torch.where(torch.rand(BATCH, generator=generator) < 0.5, 5.0, HIGHEST - 1)
-            guidance = 1 + span * torch.rand(BATCH, generator=generator)
+            span = torch.where(torch.rand(run.batch, generator=generator, device=run.device) < 0.5, 5.0, HIGHEST - 1)
+            guidance = 1 + span * torch.rand(run.batch, generator=generator, device=run.device)
             with torch.no_grad():
-                usual = torch.full((BATCH,), flow.GUIDANCE)
+                usual = torch.full((run.batch,), flow.GUIDANCE)
                 said, unsaid = (
                     flow.velocity(run, teacher, noisy, sigma, words, usual, *canvas)
-                    for words in (prompts, [""] * BATCH)
+                    for words in (prompts, [""] * run.batch)
                 )
                 wanted = said + strength(guidance).to(run.device)[:, None, None] * (said - unsaid)
             predicted = flow.velocity(run, painter, noisy, sigma, prompts, guidance, *canvas)

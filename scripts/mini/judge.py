@@ -52,7 +52,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was right. `size` and `relation` are None where the sentence did not ask for them."""
+    """What was right. `size` and `relation` are None where the sentence did not ask for them.
+
+    `outline` is the mean overlap of the things with their best outlines, 0 for one that is not there.
+    """
 
     background: bool
     colour: bool
@@ -60,6 +63,7 @@ class Verdict:
     size: bool | None
     relation: bool | None
     place: bool | None = None
+    outline: float = 0.0
 
     @property
     def perfect(self) -> bool:
@@ -217,7 +221,8 @@ def judge(picture: Image.Image, scene: Scene, mentions_size: bool = True, world:
             at = None if seen is None else (seen.centre[0] / picture.width, seen.centre[1] / picture.height)
             place = at is not None and math.dist(at, PLACES[scene.place]) < 0.15
         right = seen is not None and seen.colour == asked.colour
-        return Verdict(background, right, seen is not None and seen.shape == asked.shape, size, None, place)
+        shape = seen is not None and seen.shape == asked.shape
+        return Verdict(background, right, shape, size, None, place, 0.0 if seen is None else seen.overlap)
     left = list(things)
     found: list[Seen | None] = []
     for asked in scene.things:
@@ -230,4 +235,6 @@ def judge(picture: Image.Image, scene: Scene, mentions_size: bool = True, world:
     colour = len(there) == len(scene.things)
     shape = colour and all(t.shape == asked.shape for t, asked in zip(there, scene.things, strict=True))
     alike = len({(t.colour, t.shape) for t in scene.things}) == 1
-    return Verdict(background, colour, shape, None, shape and (alike or in_order(there, scene.relation)))
+    related = shape and (alike or in_order(there, scene.relation))
+    overlap = sum(seen.overlap for seen in there) / len(scene.things)
+    return Verdict(background, colour, shape, None, related, None, overlap)

@@ -48,12 +48,12 @@ from .drawings import (
     stands_out,
     unit,
 )
+from .pools import Pools, encoded
 from .run import Run
 from .sentences import describe
 from .vae import CHANNELS, COLOUR_AXES, MEASURED, WANTED
 
 STEPS = 8500
-BATCH = 48
 RATE = 0.4  # of the peak rates of the stage of drawings
 AVERAGE = 0.998
 CANVASES: list[tuple[int, int]] = [*flow.ALL_SHAPES, *2 * (flow.SQUARE, *flow.OTHER_SHAPES), *8 * flow.LARGEST_SHAPES]
@@ -183,7 +183,7 @@ def mended(
         scene if told else likely_background(scene, picture[0], run.world)
         for scene, told, picture in zip(scenes, said, seen, strict=True)
     ]
-    bare = flow.encoded(run, vae, [replace(scene, things=()) for scene in scenes], width, height)
+    bare = encoded(run, vae, [replace(scene, things=()) for scene in scenes], width, height)
     empty = coloured(unpack(bare.float().cpu(), width, height))
     return [
         replace(
@@ -207,39 +207,54 @@ def noise_levels(rng: random.Random, tokens: int) -> list[float]:
 
 
 @torch.no_grad()
+def drawn(
+    run: Run,
+    painter: flow.Painter,
+    x: torch.Tensor,
+    sigmas: list[float],
+    prompts: list[str],
+    guidance: torch.Tensor,
+    canvas: tuple[int, int],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """From `x` at the first noise level to the last: latents [batch, tokens, 64], and what they were at each before."""
+    way = []
+    for sigma, after in pairwise(sigmas):
+        way.append(x)
+        predicted = flow.velocity(run, painter, x, torch.full((len(x),), sigma), prompts, guidance, *canvas)
+        x = x + (after - sigma) * predicted
+    return x, way
+
+
+@torch.no_grad()
 def lessons(run: Run, painter: flow.Painter, vae: AutoencoderKL, turn: int) -> list[Lesson]:
     """From AT_A_TIME batches of drawings and edits, over the next canvases in turn; in random order."""
     rng = random.Random(f"{run.seed} practice {turn}")
-    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + 30_000_000 + turn)
+    generator = run.generator(30_000_000 + turn)
     found = []
     for index in range(AT_A_TIME):
         canvas = width, height = CANVASES[(turn * AT_A_TIME + index) % len(CANVASES)]
-        counts = [rng.randint(2, run.world.most) if rng.random() < CROWDED else None for _ in range(BATCH)]
+        counts = [rng.randint(2, run.world.most) if rng.random() < CROWDED else None for _ in range(run.batch)]
         scenes = [random_scene(rng, width, height, count, run.world) for count in counts]
         wordings = [describe(scene, rng, run.world) for scene in scenes]
         prompts = [wording.text for wording in wordings]
-        guidance = values(rng)
+        guidance = values(rng, run.batch)
         sigmas = noise_levels(rng, width * height // 256)
-        x = torch.randn(BATCH, width * height // 256, 64, generator=generator)
+        x = torch.randn(run.batch, width * height // 256, 64, generator=generator, device=run.device)
         told = [at for at, sigma in enumerate(sigmas[:-1]) if sigma < flow.UNTOLD]
         given = None
         if told and rng.random() < EDITS:
             sigmas = sigmas[rng.choice(told) :]
-            given = flow.encoded(run, vae, scenes, *canvas).cpu()
+            given = encoded(run, vae, scenes, *canvas)
             x = torch.lerp(given, x, sigmas[0])
-            prompts = flow.worded(scenes, torch.full((BATCH,), sigmas[0]), rng, run.world, FALSE_PROMPTS)
-        way = []
-        for sigma, after in pairwise(sigmas):
-            way.append(x)
-            predicted = flow.velocity(run, painter, x, torch.full((BATCH,), sigma), prompts, guidance, *canvas)
-            x = x + (after - sigma) * predicted.cpu()
+            prompts = flow.worded(scenes, torch.full((run.batch,), sigmas[0]), rng, run.world, FALSE_PROMPTS)
+        x, way = drawn(run, painter, x, sigmas, prompts, guidance, canvas)
         if given is None:
             right = mended(run, vae, scenes, [wording.mentions_background for wording in wordings], x, *canvas)
-            given = flow.encoded(run, vae, right, *canvas).cpu()
-        noisy, levels = torch.cat(way), torch.tensor(sigmas[:-1]).repeat_interleave(BATCH)
+            given = encoded(run, vae, right, *canvas)
+        noisy, levels = torch.cat(way), torch.tensor(sigmas[:-1], device=run.device).repeat_interleave(run.batch)
         wanted = (noisy - given.repeat(len(way), 1, 1)) / levels[:, None, None]
-        for chosen in torch.randperm(len(noisy), generator=generator).split(BATCH):
-            who = (chosen % BATCH).tolist()
+        for chosen in torch.randperm(len(noisy), generator=generator, device=run.device).split(run.batch):
+            who = (chosen % run.batch).tolist()
             found.append(
                 Lesson(canvas, noisy[chosen], levels[chosen], [prompts[i] for i in who], guidance[who], wanted[chosen])
             )
@@ -247,18 +262,19 @@ def lessons(run: Run, painter: flow.Painter, vae: AutoencoderKL, turn: int) -> l
     return found
 
 
-def values(rng: random.Random) -> torch.Tensor:
+def values(rng: random.Random, count: int) -> torch.Tensor:
     """Guidance values for a batch of practice."""
-    return torch.tensor([flow.GUIDANCE if rng.random() < 0.5 else rng.uniform(*GUIDANCE) for _ in range(BATCH)])
+    return torch.tensor([flow.GUIDANCE if rng.random() < 0.5 else rng.uniform(*GUIDANCE) for _ in range(count)])
 
 
-def usual(run: Run, pools: flow.Pools, step: int) -> Lesson:
+def usual(run: Run, pools: Pools, step: int) -> Lesson:
     """A batch of pictures not its own; half of it at guidance 1."""
     rng = random.Random(f"{run.seed} practice words {step}")
-    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + 20_000_000 + step)
+    generator = run.generator(20_000_000 + step)
     canvas, latents, scenes = pools(step // 2)
-    noisy, sigma, wanted = flow.noised(latents, generator)
-    guidance = values(rng)
+    sigma = flow.random_sigmas(len(latents), latents.shape[1], generator)
+    noisy, wanted = flow.noised(latents, sigma, generator)
+    guidance = values(rng, run.batch)
     guidance[::2] = 1.0
     prompts = flow.worded(scenes, sigma, rng, run.world, FALSE_PROMPTS)
     return Lesson(canvas, noisy, sigma, prompts, guidance, wanted)
@@ -294,7 +310,7 @@ def train(
     optimiser = flow.Optimisers(painter, RATE)
     start = run.resume("practice", painter, optimiser, average=average)
     rate = run.one_cycle(steps, warm_up=100)
-    pools = flow.Pools(run, vae, CANVASES, BATCH, steps, 20_000_000)
+    pools = Pools(run, vae, CANVASES, run.batch, steps, 20_000_000)
     waiting: list[Lesson] = []
     turn = start // (AT_A_TIME * sum(DRAWN_IN))
     with run.progress("practice", steps, start) as progress:

@@ -6,6 +6,7 @@ Knows nothing of what is being trained.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -57,17 +58,23 @@ class Optimiser(Protocol):
 
 @dataclass
 class Run:
-    """One training run: its seed, its device, what it draws, and the folder with its checkpoints and its record."""
+    """One training run: its seed, its device, what it draws and how, and the folder with its checkpoints and record."""
 
     work: Path
     seed: int
     device: torch.device
     world: World = WHOLE
+    batch: int = 48  # pictures that the transformer learns from in a step
+    workers: int = 0  # processes that draw; with 0 this one does
 
     def __post_init__(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
         self.console = Console()
         self.bf16 = bf16_is_fast(self.device)
+
+    def generator(self, number: int) -> torch.Generator:
+        """Of the device's own chance, for the given number under this run's seed."""
+        return torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + number)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -140,9 +147,11 @@ class Run:
         self.record(title, steps, time.monotonic() - began, smooth)
 
     def record(self, title: str, step: int, seconds: float, figures: dict[str, float]) -> None:
-        """Appends a line to `log.jsonl`, which the model card is made from too, and draws `losses.png` anew."""
+        """Appends a line to `log.jsonl`, which the model card is made from too, and draws `losses.png` anew, where
+        there is matplotlib."""
         with (self.work / "log.jsonl").open("a") as log:
             log.write(json.dumps({"stage": title, "step": step, "seconds": round(seconds, 1), **figures}) + "\n")
-        from . import plots  # matplotlib, which measuring a model needs not
+        if importlib.util.find_spec("matplotlib") is not None:
+            from . import plots
 
-        plots.losses(self.work / "log.jsonl", self.work / "losses.png")
+            plots.losses(self.work / "log.jsonl", self.work / "losses.png")

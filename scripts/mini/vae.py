@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
-from .drawings import WHOLE, Scene, World, draw, random_scene
+from .drawings import WHOLE, Scene, World, painted, random_scene
 from .run import Run
 
 SIDES = ((64, 16), (64, 16), (64, 16), (96, 7), (128, 4))  # (side in pixels, pictures in a batch)
@@ -154,8 +154,12 @@ def write_encoder(vae: AutoencoderKL) -> None:
 
 def rendered(scenes: list[Scene], width: int, height: int) -> torch.Tensor:
     """[scenes, 3, height, width] in −1 … 1."""
-    drawn = [np.asarray(draw(scene, width, height)) for scene in scenes]
-    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return as_tensor(painted(scenes, width, height))
+
+
+def as_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 [pictures, height, width, 3] → [pictures, 3, height, width] in −1 … 1."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def pictures(rng: random.Random, count: int, width: int, height: int, world: World = WHOLE) -> torch.Tensor:
