@@ -171,6 +171,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             ",".join(self.device_list()),
             *(["--reference"] if self.reference else []),
             *(["--fp8-attention"] if self.fp8_attention else []),
+            *(["--adapters"] if any(self.loras_folder().glob("*.safetensors")) else []),
         ]
         if (tier := self.tier()) is not None:
             options += ["--memory", tier]

@@ -86,9 +86,9 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
     """Loads, warms up, says so, and draws until the other end closes."""
     try:
         from flux_local.model import memory
-        from flux_local.model.loader import NO_ROOM, import_libraries, load
+        from flux_local.model.loader import load
+        from flux_local.model.parts import NO_ROOM
 
-        import_libraries()
         started = time.monotonic()
         device = pick_device(options.device)
         info = weights.info(options.model)
@@ -106,6 +106,8 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
             info.canvas.max_area, options.cache, options.fp8_attention,
             memory.sharing(device, options.beside.split(",")),
         )  # fmt: skip
+        if options.adapters:
+            from diffusers import FluxPipeline  # noqa: F401
         loaded = time.monotonic()
         try:
             step_seconds = warm_up(pipeline, info)
@@ -153,6 +155,7 @@ def main() -> int:
     parser.add_argument("--memory")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--fp8-attention", action="store_true")
+    parser.add_argument("--adapters", action="store_true", help="there are some: their readers are imported at once")
     parser.add_argument("--beside", default="", help="the devices of all engines of this machine, by commas")
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--safety", type=Path)

@@ -39,7 +39,8 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
     from flux_local.drawing import begin_picture
     from flux_local.engine_process import pick_device
     from flux_local.model import memory
-    from flux_local.model.loader import NO_ROOM, load
+    from flux_local.model.loader import load
+    from flux_local.model.parts import NO_ROOM
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:

@@ -300,8 +300,7 @@ def test_start_is_quick_and_small(tmp_path: Path) -> None:
 
 def start_is_quick_and_small(tmp_path: Path) -> None:
     libraries = subprocess.run(
-        [sys.executable, "-c", "import time; t = time.monotonic(); import torch; from diffusers import AutoencoderKL, "
-         "FluxTransformer2DModel; from transformers import CLIPTextModel, T5EncoderModel; print(time.monotonic() - t)"],
+        [sys.executable, "-c", "import time; t = time.monotonic(); import torch; print(time.monotonic() - t)"],
         capture_output=True, text=True, check=True, env=environment(),
     )  # fmt: skip
     began = time.monotonic()

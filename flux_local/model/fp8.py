@@ -192,11 +192,6 @@ class Fp8Storage(torch.nn.Module):
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
 
-    @property
-    def weight(self) -> Tensor:
-        """Empty: T5's own code asks it for its dtype at every layer, and for nothing else."""
-        return torch.empty(0, dtype=self.dtype, device=self.values.device)
-
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, (self.values.float() * self.scale).to(self.dtype), self.bias)
 

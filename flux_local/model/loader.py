@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 
-from flux_local.errors import FETCH_AGAIN, FluxError, NotAvailable, StartError, WeightsError
+from flux_local.errors import NotAvailable, StartError
 from flux_local.model import memory, prepared
 from flux_local.model.bfl import DiffusersNames
-from flux_local.model.checkpoint import Checkpoint, Component, Part, identify
+from flux_local.model.checkpoint import Checkpoint, Part, identify
 from flux_local.model.denoiser import Denoiser, Keep, Picture, noised
-from flux_local.model.fp8 import conversion, has_products, in_fp8, store_in_fp8
+from flux_local.model.fp8 import conversion, has_products, in_fp8
 from flux_local.model.fp8_attention import ADVICE
 from flux_local.model.geometry import Geometry
 from flux_local.model.latents import initial_noise
@@ -24,6 +25,7 @@ from flux_local.model.layers import Layers, Weights
 from flux_local.model.lora import Adapters, Choice
 from flux_local.model.memory import Plan, Precisions, Tier
 from flux_local.model.ops import Ops
+from flux_local.model.parts import autoencoder, bring_in_groups, prompt_encoder, reference_module, translated
 from flux_local.model.prepared import PreparedLayers, Target
 from flux_local.model.reference import ReferenceTransformer
 from flux_local.model.schedule import FlowSchedule
@@ -33,11 +35,6 @@ from flux_local.model.text import PromptCache, PromptEmbedding, PromptEncoder
 from flux_local.model.transformer import FluxTransformer
 from flux_local.model.vae import Autoencoder
 
-NO_ROOM = (
-    "The device's memory did not suffice. Free some, or name a way that takes less with --memory: "
-    + ", ".join(memory.TIERS)
-    + "."
-)
 PROMPT_CACHE_BYTES = 256 << 20
 CONDITIONS = 2
 """Kept: a prompt's, and of what to keep away from. One has 2 MB a step at FLUX.1's size."""
@@ -193,7 +190,7 @@ def load(
         torch.cuda.set_device(index)  # Triton, streams and graphs take the current one
     if device == "cpu":
         memory.keep_freed()
-    import_libraries()
+    quieten_libraries()
     dtype = dtype_of(device)
     with translated(checkpoint.path):
         geometry = Geometry.of(checkpoint.config("transformer"))
@@ -268,126 +265,10 @@ def transformer_weights(part: Part, geometry: Geometry, device: str, dtype: torc
     return DiffusersNames(tensors, geometry.width) if part.layout == "bfl" else tensors
 
 
-def reference_module(checkpoint: Checkpoint, weights: Weights) -> Any:
-    """diffusers' own module with these tensors."""
-    from accelerate import init_empty_weights
-    from diffusers import FluxTransformer2DModel
-
-    with init_empty_weights():
-        module = FluxTransformer2DModel.from_config(checkpoint.config("transformer"))
-    module.load_state_dict({name: weights(name) for name in module.state_dict()}, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-def bring_in_groups(module: Any, device: str, pinned: bool, blocks: bool = False) -> None:
-    """Has diffusers' hooks bring a module's weights from host memory, the next group while one is at work.
-
-    Args:
-        pinned: whether they wait where the GPU may copy them by itself; else each is brought there first.
-        blocks: a transformer block at a time, instead of a layer.
-    """
-    from diffusers.hooks import apply_group_offloading
-
-    size: dict[str, Any] = (
-        {"offload_type": "block_level", "num_blocks_per_group": 1} if blocks else {"offload_type": "leaf_level"}
-    )
-    apply_group_offloading(
-        module, onload_device=torch.device(device), offload_device=torch.device("cpu"),
-        use_stream=device.startswith("cuda"), low_cpu_mem_usage=not pinned, **size,
-    )  # fmt: skip
-
-
-def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype, plan: Plan) -> PromptEncoder:
-    """Both text encoders where the plan has them: on the device, T5 there in fp8, or in host memory."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
-
-    def tokenizer(cls: Any, name: str) -> Any:
-        with translated(checkpoint.home / name):
-            return cls.from_pretrained(checkpoint.home / name, local_files_only=True)
-
-    in_host = plan.tier in ("swap", "offload")
-
-    def encoder(cls: Any, config: Any, component: Component) -> Any:
-        packed = plan.tier == "fp8" and component == "text_encoder_2"
-        place = "cpu" if in_host or packed else device
-        with translated(path := checkpoint.parts[component].headers[0].path.parent):
-            tensors = Tensors(checkpoint.parts[component], place, dtype)
-            state = {name: tensors(name) for name in tensors.names()}
-            module, report = cls.from_pretrained(
-                None, config=config(**checkpoint.config(component)), state_dict=state, dtype=dtype,
-                device_map={"": place}, output_loading_info=True,
-            )  # fmt: skip
-        if report["missing_keys"]:
-            lost = sorted(report["missing_keys"])[0]
-            raise WeightsError(f"{path} lacks the tensor {lost}. {FETCH_AGAIN}")
-        module = module.eval().requires_grad_(False)
-        if in_host:
-            bring_in_groups(module, device, plan.pinned)
-        elif packed:
-            state.clear()
-            store_in_fp8(module, device)
-            module = module.to(device)
-        return module
-
-    with translated(checkpoint.path):
-        return PromptEncoder(
-            tokenizer(CLIPTokenizer, "tokenizer"),
-            encoder(CLIPTextModel, CLIPTextConfig, "text_encoder"),
-            tokenizer(T5TokenizerFast, "tokenizer_2"),
-            encoder(T5EncoderModel, T5Config, "text_encoder_2"),
-            device, hooked=in_host, packed=plan.tier == "fp8",
-        )  # fmt: skip
-
-
-def autoencoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Any:
-    """diffusers' `AutoencoderKL` with the checkpoint's tensors."""
-    from diffusers import AutoencoderKL
-
-    part, config = checkpoint.parts["vae"], checkpoint.config("vae")
-    tensors = Tensors(part, device, dtype)
-    state = {name: tensors(name) for name in tensors.names()}
-    if part.layout == "bfl":
-        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-        state = convert_ldm_vae_checkpoint(state, config)
-    module = AutoencoderKL.from_config(config)
-    module.load_state_dict(state)
-    return module.to(device, dtype).eval().requires_grad_(False)
-
-
-class translated:
-    """Turns what a foreign loader raises into a `WeightsError` that names the component."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, FluxError):
-            return
-        if error is not None and memory.is_exhausted(error):
-            raise StartError(NO_ROOM) from error
-        if error is not None and memory.is_fatal(error):
-            raise StartError(f"The device failed while loading: {str(error).splitlines()[0]}") from error
-        if isinstance(error, (OSError, ValueError, RuntimeError, KeyError)) or (
-            error is not None and type(error).__name__ == "SafetensorError"
-        ):
-            raise WeightsError(f"Cannot load {self.path}: {type(error).__name__}. {FETCH_AGAIN}") from error
-
-
-def import_libraries() -> None:
-    """Imports what loading needs, which takes seconds, and keeps its progress bars and notes for developers off the
-    user's terminal."""
+def quieten_libraries() -> None:
+    """Keeps the progress bars of diffusers and transformers, and their notes for developers, off the user's terminal,
+    wherever they are imported later."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    from diffusers import AutoencoderKL  # noqa: F401
-    from diffusers.utils import logging as diffusers_logging
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # noqa: F401
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
+    os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -41,7 +41,9 @@ class Classifier:
 
     def __init__(self, folder: Path, device: str, labels: frozenset[str], threshold: float) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         try:
             self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
             model: Any = AutoModelForImageClassification.from_pretrained(

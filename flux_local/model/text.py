@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from flux_local.model.clip import ClipEncoder
 from flux_local.model.graphs import Graphs, recorded
-from flux_local.model.t5 import fastest
+from flux_local.model.t5 import T5Encoder, fastest
+from flux_local.model.tokens import Words
 
 
 @dataclass(frozen=True)
@@ -37,32 +38,27 @@ Reader = Callable[[Tensor], Tensor]
 
 
 class PromptEncoder:
-    """Both text encoders of FLUX.1 with their tokenizers. On a GPU they run as CUDA graphs, T5 by a pass of ours.
+    """Both text encoders of FLUX.1 with their tokenizers. On a GPU they run as CUDA graphs, T5 with fused attention.
 
     Args:
-        device: where they compute, if their weights are elsewhere.
-        hooked: whether hooks bring the weights: then both run as transformers has them.
+        device: where they compute; their weights may be elsewhere.
+        hooked: whether hooks bring the weights: then neither is a graph.
         packed: whether T5's weights are unpacked for each use: that takes the GPU longer than the host takes to ask for
             it, and a graph would keep the room it needs, where memory is short. Then only CLIP is one.
     """
 
     def __init__(
-        self, tokenizer: Any, text_encoder: Any, tokenizer_2: Any, text_encoder_2: Any, device: str | None = None,
+        self, words: Words, words_2: Words, clip: ClipEncoder, t5: T5Encoder, device: str,
         hooked: bool = False, packed: bool = False,
     ) -> None:  # fmt: skip
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
-        self.tokenizer_2 = tokenizer_2
-        self.text_encoder_2 = text_encoder_2
-        self.device = torch.device(device) if device else text_encoder_2.device
-        self.max_length: int = tokenizer_2.model_max_length
-        states: Reader = lambda ids: text_encoder_2(ids).last_hidden_state  # noqa: E731
-        pooled: Reader = lambda ids: text_encoder(ids).pooler_output  # noqa: E731
+        self.words, self.words_2, self.clip, self.t5 = words, words_2, clip, t5
+        self.device = torch.device(device)
+        self.max_length = words_2.max_length
         here = self.device.type == "cuda" and not hooked
-        self.shorter = fastest(text_encoder_2, self.max_length, self.device) if here else states
+        self.shorter: Reader = fastest(t5, self.max_length, self.device) if here else t5
         """T5 for what is cut shorter than usual: too rare to have a graph of every length."""
         self.states = recorded(self.shorter, self.device) if here and not packed else self.shorter
-        self.pooled = recorded(pooled, self.device, beside=self.states) if here else pooled
+        self.pooled: Reader = recorded(clip, self.device, beside=self.states) if here else clip
 
     def forget(self) -> None:
         """Lets the CUDA graphs go; they are recorded again as they are wanted."""
@@ -75,28 +71,12 @@ class PromptEncoder:
         """CLIP reads `prompt`, T5 reads `prompt_2` (or `prompt`), cut or padded to `max_length` tokens of its own."""
         length = min(max_length or self.max_length, self.max_length)
         t5_prompt = prompt if prompt_2 is None else prompt_2
-        t5 = self.tokenizer_2(
-            t5_prompt,
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_offsets_mapping=True,
-            return_tensors="pt",
-        )
-        clip = self.tokenizer(
-            prompt,
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        )
+        found = self.words_2(t5_prompt, length)
         read = self.states if length == self.max_length else self.shorter
-        states = read(t5.input_ids.to(self.device))
-        pooled = self.pooled(clip.input_ids.to(self.device))
-        tokens = int(t5.attention_mask.sum())
-        end = int(t5.offset_mapping[0, :tokens, 1].max()) if tokens else 0
-        whole = tokens < length or end >= len(t5_prompt.rstrip())
-        return PromptEmbedding(states, pooled, tokens, t5_prompt if whole else t5_prompt[:end])
+        states = read(torch.tensor([found.ids], device=self.device))
+        pooled = self.pooled(torch.tensor([self.words(prompt).ids], device=self.device))
+        whole = found.count < length or found.end >= len(t5_prompt.rstrip())
+        return PromptEmbedding(states, pooled, found.count, t5_prompt if whole else t5_prompt[: found.end])
 
 
 Encode = Callable[[str, str | None, int | None], PromptEmbedding]

@@ -6,9 +6,10 @@ from collections.abc import Generator
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flux_local.model.autoencoder import AutoencoderKL
 from flux_local.model.latents import VAE_SCALE, pack, unpack
 from flux_local.model.ops import Ops
 
@@ -27,30 +28,31 @@ class Autoencoder:
         tile_above: pixels of a canvas from which on it is encoded and decoded in tiles, which overlap and are blended.
     """
 
-    def __init__(self, vae: Any, ops: Ops | None = None, tile_above: int | None = None) -> None:
+    def __init__(self, vae: AutoencoderKL, ops: Ops | None = None, tile_above: int | None = None) -> None:
         self.tile_above = tile_above
         self.ops = ops or Ops()
-        self.vae = vae.to(memory_format=torch.channels_last) if vae.device.type == "cuda" else vae
-        self.in_bands = vae.device.type == "cpu"
-        self.biases_apart = vae.device.type == "cuda"
+        first = vae.decoder.conv_in.weight
+        self.device, self.dtype = first.device, first.dtype
+        self.vae = vae
+        if self.device.type == "cuda":
+            nn.Module.to(vae, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.in_bands = self.device.type == "cpu"
+        self.biases_apart = self.device.type == "cuda"
 
     @torch.inference_mode()
     def encode(self, pixels: bytes, width: int, height: int) -> Tensor:
         """RGB rows → the mean of the posterior, scaled and packed: [1, tokens, 64]."""
         rows = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, height, width, 3)
-        picture = (rows.permute(0, 3, 1, 2).to(self.vae.device).float() / 127.5 - 1).to(self.vae.dtype)
-        if self.tile_above is not None and width * height > self.tile_above:
-            mean = self.vae.tiled_encode(picture).latent_dist.mean
-        else:
-            mean = self.vae.encode(picture).latent_dist.mean
-        return pack((mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
+        picture = (rows.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1).to(self.dtype)
+        in_tiles = self.tile_above is not None and width * height > self.tile_above
+        mean = self.vae.tiled_encode(picture) if in_tiles else self.vae.encode(picture)
+        return pack((mean - self.vae.shift_factor) * self.vae.scaling_factor)
 
     def repaint(self, mask: bytes, width: int, height: int) -> Tensor:
         """A byte a pixel → [1, tokens, 64]: 1 for each latent that covers a pixel to be repainted."""
         rows = torch.frombuffer(bytearray(mask), dtype=torch.uint8).view(1, 1, height, width)
         covered = torch.nn.functional.max_pool2d((rows > 0).float(), VAE_SCALE)
-        channels = self.vae.config.latent_channels
-        return pack(covered.expand(-1, channels, -1, -1)).to(self.vae.device)
+        return pack(covered.expand(-1, self.vae.channels, -1, -1)).to(self.device)
 
     @torch.inference_mode()
     def layers(self, latents: Tensor, width: int, height: int) -> Generator[None, None, Tensor]:
@@ -60,22 +62,21 @@ class Autoencoder:
         meanwhile. NaN where the model failed.
         """
         spatial = unpack(latents, width, height)
-        spatial = spatial / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        x = spatial.to(self.vae.dtype)
+        spatial = spatial / self.vae.scaling_factor + self.vae.shift_factor
+        x = spatial.to(self.dtype)
         if self.tile_above is not None and width * height > self.tile_above:
-            tiled: Tensor = self.vae.tiled_decode(x, return_dict=False)[0]
+            tiled = self.vae.tiled_decode(x)
             yield
             return tiled[0].float() / 2 + 0.5
         if self.vae.post_quant_conv is not None:
             x = self.vae.post_quant_conv(x)
-        decoder = self.vae.decoder
+        decoder: Any = self.vae.decoder
         x = decoder.conv_in(x)
         middle = decoder.mid_block
         x = yield from self.residual(middle.resnets[0], x)
-        for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
-            if attention is not None:
-                x = attention(x)
-            x = yield from self.residual(resnet, x)
+        for attention in middle.attentions:
+            x = attention(x)
+        x = yield from self.residual(middle.resnets[1], x)
         bias: Tensor | None = None
         for block in decoder.up_blocks:
             for resnet in block.resnets:
