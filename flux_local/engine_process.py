@@ -86,8 +86,12 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
     """Loads, warms up, says so, and draws until the other end closes."""
     try:
         from flux_local.model import memory
-        from flux_local.model.loader import load
+        from flux_local.model.loader import load, quieten_libraries
         from flux_local.model.parts import NO_ROOM
+
+        quieten_libraries()
+        if options.adapters:
+            from diffusers import FluxPipeline  # noqa: F401, reads them; its import takes seconds
 
         started = time.monotonic()
         device = pick_device(options.device)
@@ -106,8 +110,6 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
             info.canvas.max_area, options.cache, options.fp8_attention,
             memory.sharing(device, options.beside.split(",")),
         )  # fmt: skip
-        if options.adapters:
-            from diffusers import FluxPipeline  # noqa: F401
         loaded = time.monotonic()
         try:
             step_seconds = warm_up(pipeline, info)
