@@ -4,7 +4,7 @@
     scripts/train_mini.py                     train (or go on training) and write weights/flux-krea-mini
     scripts/train_mini.py --evaluate          measure the model in weights/flux-krea-mini
     scripts/train_mini.py --scale 0.01        all stages in a minute, to try the script out
-    scripts/train_mini.py --device cuda --batch 512 --workers 12
+    scripts/train_mini.py --device cuda --batch 512 --workers 12        on a GPU
 
 A run goes on from the checkpoints in --work; the same seed gives the same data in the same order. There, as it goes,
 are losses.png (with matplotlib, the extra `train`) and a sheet of samples every 1,000 steps of the transformer.
@@ -84,12 +84,15 @@ def train(options: argparse.Namespace) -> None:
         autoencoder = AutoencoderKL.from_pretrained(options.begin / "vae", torch_dtype=torch.float32)
     else:
         autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)), options.begin)
-    painter = flow.kept(options.begin, run.seed) if options.only_practice else flow.Painter(run.seed)
     if options.export:
-        painter = flow.latest(run, painter)
+        painter = flow.latest(
+            run, flow.kept(options.begin, run.seed) if options.only_practice else flow.Painter(run.seed)
+        )
     else:
         how = {"scale": options.scale, "compiled": not options.eager}
-        if not options.only_practice:
+        if options.only_practice:
+            painter = flow.kept(options.begin, run.seed)
+        else:
             painter = flow.train(run, autoencoder, **how, look=look, begin=options.begin, known=options.known)
             painter = guidance.train(run, painter, autoencoder, **how)
         painter = practice.train(run, painter, autoencoder, **how, look=partial(look, name="practice"))

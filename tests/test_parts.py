@@ -80,6 +80,10 @@ def test_a_tokenizer_that_is_none_is_said_to_be(tmp_path: Path) -> None:
     for read in (clip_words, t5_words):
         with pytest.raises((OSError, ValueError)):
             read(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        clip_words(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     for read in (clip_words, t5_words):
         with pytest.raises(ValueError, match="is no tokenizer"):

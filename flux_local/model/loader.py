@@ -266,8 +266,8 @@ def transformer_weights(part: Part, geometry: Geometry, device: str, dtype: torc
 
 
 def quieten_libraries() -> None:
-    """Keeps the progress bars of diffusers and transformers, and their notes for developers, off the user's terminal,
-    wherever they are imported later."""
+    """Keeps the notes for developers of diffusers and transformers off the user's terminal, wherever they are imported
+    later."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}

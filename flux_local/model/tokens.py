@@ -82,10 +82,13 @@ def byte_pairs(folder: Path, start: str, end: str, unknown: str) -> Tokenizer:
     for path in (vocabulary, merges):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has neither {FILE} nor {path.name}")
-    model = BPE.from_file(
-        str(vocabulary), str(merges), unk_token=unknown, end_of_word_suffix="</w>", continuing_subword_prefix="",
-        fuse_unk=False,
-    )  # fmt: skip
+    try:
+        model = BPE.from_file(
+            str(vocabulary), str(merges), unk_token=unknown, end_of_word_suffix="</w>", continuing_subword_prefix="",
+            fuse_unk=False,
+        )  # fmt: skip
+    except Exception as error:  # the library raises no other
+        raise ValueError(f"{folder} holds no tokenizer: {error}") from error
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -28,15 +28,15 @@ REUSE = 10  # epochs over a chunk before it is replaced
 
 
 @functools.cache
-def painters(count: int) -> ProcessPoolExecutor:
+def drawers(count: int) -> ProcessPoolExecutor:
     """Processes that draw. They know nothing of models: a start takes them no time, and no memory."""
     return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
 
 
-def pictures(run: Run, scenes: list[Scene], width: int, height: int) -> Iterator[np.ndarray]:
+def drawings(run: Run, scenes: list[Scene], width: int, height: int) -> Iterator[np.ndarray]:
     """The scenes' drawings in order, PART at a time: uint8 [part, height, width, 3]."""
     parts = [scenes[at : at + PART] for at in range(0, len(scenes), PART)]
-    there = painters(run.workers).map if run.workers else map
+    there = drawers(run.workers).map if run.workers else map
     return there(painted, parts, repeat(width), repeat(height))
 
 
@@ -44,7 +44,7 @@ def pictures(run: Run, scenes: list[Scene], width: int, height: int) -> Iterator
 def encoded(run: Run, vae: AutoencoderKL, scenes: list[Scene], width: int, height: int) -> torch.Tensor:
     """Scaled latents of the scenes' drawings, packed: [scenes, tokens, 64]."""
     parts = []
-    for pixels in pictures(run, scenes, width, height):
+    for pixels in drawings(run, scenes, width, height):
         x = as_tensor(pixels)
         with run.autocast():
             mean = vae.encode(x.to(run.device, memory_format=torch.channels_last)).latent_dist.mean
