@@ -13,11 +13,15 @@ serve: $(VENV)/serve.done
 download: $(VENV)/serve.done
 	@exec $(BIN)/flux-local download
 
+# Most of a test is a server's start, which keeps one core busy.
+TWO_AT_A_TIME = --numprocesses 2 --dist worksteal
 test: $(VENV)/test.done
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not alone" $(TWO_AT_A_TIME)
+	$(BIN)/pytest -m "not slow and alone"
 
 test-all: $(VENV)/browser.done $(VENV)/node.done $(VENV)/cluster.done
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not alone" $(TWO_AT_A_TIME)
+	$(BIN)/pytest -m alone
 
 check: $(VENV)/test.done
 	$(BIN)/ruff format --check .

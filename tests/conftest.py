@@ -15,6 +15,8 @@ from tests.servers import MODEL, Server, running
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is first imported
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere; `make gpu-check` is for a GPU
+if "PYTEST_XDIST_WORKER" in os.environ:  # two at a time: a core for each, and for the servers that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
 # No request here is encrypted, and reading all certificates anew for each client takes longer than most answers do.
 ssl.create_default_context = functools.cache(ssl.create_default_context)
 

@@ -30,6 +30,7 @@ def flux(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.alone
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     seconds = []
     for _ in range(3):

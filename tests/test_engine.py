@@ -51,6 +51,7 @@ def test_bytes_do_not_depend_on_company(server: Server) -> None:
         assert pictures(answer) == alone[i], mixed[i]
 
 
+@pytest.mark.alone
 def test_batches_are_faster_than_turns(server: Server) -> None:
     """Four pictures of one canvas take less of the device than four times one: they do share steps.
 
@@ -71,6 +72,7 @@ def test_batches_are_faster_than_turns(server: Server) -> None:
     raise AssertionError(f"four pictures took {four:.2f} s, one {one:.2f} s")
 
 
+@pytest.mark.alone
 def test_a_short_request_overtakes_a_long_one(server: Server) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         long = pool.submit(server.post, {**LONG, "steps": 100, "n": 10})

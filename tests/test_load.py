@@ -6,10 +6,12 @@ import concurrent.futures
 import time
 
 import httpx
+import pytest
 
 from tests.servers import Server
 
 
+@pytest.mark.alone
 def test_health_answers_while_large_pictures_are_encoded(server: Server) -> None:
     """Four pictures of four megapixels at once: of the time that /health takes, under half is in slow answers. Were the
     loop held up, it would be nearly all."""

@@ -68,6 +68,7 @@ def test_a_tensor_that_other_blocks_have(folder: Path) -> None:
         weights.verify(folder)
 
 
+@pytest.mark.alone
 def test_the_start_ends_at_once_with_4(folder: Path, tmp_path: Path) -> None:
     path = folder / "text_encoder_2" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
