@@ -7,7 +7,8 @@ Draws a few prompts with every step computed and keeps the velocities. What a sk
 line through the last two computed velocities) is then known for every choice of computed steps without drawing again,
 and the best choice of a given size is found exactly, by dynamic programming: the least sum over the skipped steps of
 |Δσ|·‖extrapolated − computed‖, averaged over the prompts. Each mask is then drawn with, beside the formula's, and
-written to the model folder's `flux-local.json` where its pictures are nearer. The last line is one JSON document.
+written to the model folder's `flux-local.json` where its pictures are nearer; where not, one that was there is taken
+out. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -146,8 +147,12 @@ def main() -> None:
     if not options.dry_run:
         path = folder / weights.INFO
         info = json.loads(path.read_text()) if path.exists() else weights.described(model)
-        for level, by_steps in masks.items():
-            info.setdefault("acceleration", {}).setdefault(level, {}).update(by_steps)
+        before = info.get("acceleration", {})
+        measured = {str(row["steps"]) for row in rows}
+        info["acceleration"] = {}
+        for level in sorted(before.keys() | masks.keys()):
+            left = {steps: mask for steps, mask in before.get(level, {}).items() if steps not in measured}
+            info["acceleration"][level] = dict(sorted((left | masks.get(level, {})).items(), key=lambda of: int(of[0])))
         path.write_text(json.dumps(info, indent=2) + "\n")
     print(json.dumps(rows))
 

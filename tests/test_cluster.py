@@ -16,7 +16,7 @@ import pytest
 from flux_local.config import Settings
 from tests.servers import ROOT, Server, environment, eventually, pictures, running, started
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
 # 192x192: pictures of more than 100 KB go through Ray's object stores, smaller ones with the call itself.
 BODY = {"prompt": "a red star on a blue background", "size": "192x192", "response_format": "b64_json"}
 

@@ -93,7 +93,7 @@ def test_it_draws_the_whole_world(pipeline: Any, mini: ModelInfo, kind: str, bou
 @pytest.mark.parametrize("things", [1, 2])
 def test_it_understands_other_words(pipeline: Any, mini: ModelInfo, things: int) -> None:
     asked = questions(SAMPLE, things, 128, 128, words=True)
-    assert sum(q.prompt.isupper() for q in asked) > 1
+    assert any(q.prompt.isupper() for q in asked)
     assert sum("tiny" in q.prompt.lower() for q in asked) > 1
     pictures = paint(pipeline, [q.prompt for q in asked], 128, 128, mini.default_steps)
     verdicts = [judge(p, q.scene, q.mentions_size) for p, q in zip(pictures, asked, strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -136,7 +135,12 @@ class TestCalibration:
         for source in MODEL.iterdir():
             (tmp_path / source.name).symlink_to(source)
         (tmp_path / "flux-local.json").unlink()
-        shutil.copy(MODEL / "flux-local.json", tmp_path)
+        info = json.loads((MODEL / "flux-local.json").read_text())
+        info["acceleration"] = {  # of the weights before
+            level: {str(steps): "".join("01"[c] for c in formula(level, steps)) for steps in (9, 11, 20)}
+            for level in LEVELS[1:]
+        }
+        (tmp_path / "flux-local.json").write_text(json.dumps(info))
         done = subprocess.run(
             [sys.executable, str(SCRIPT), "--model", str(tmp_path), "--steps", "9", "20"],
             capture_output=True,
@@ -155,3 +159,4 @@ class TestCalibration:
             assert written == (row["error"] < by_formula[steps, level]["error"])
             if written:
                 assert "".join("01"[c] for c in masks(level, steps)) == row["digits"]
+        assert {masks.origin(level, 11) for level in LEVELS[1:]} == {f"{level}; calibrated" for level in LEVELS[1:]}

@@ -99,7 +99,7 @@ def another(rng: random.Random, question: Question, world: World) -> Thing:
     colour = rng.choice([c for c in world.colours if c not in (scene.background, thing.colour)])
     shape = rng.choice([s for s in world.shapes if s != thing.shape])
     size = rng.choice([s for s in world.sizes if s != thing.size])
-    radius = rng.uniform(*RADII["single"][size])
+    radius = rng.choice(RADII["single"][size])
     return Thing(colour, shape, size, (0.5, 0.5), radius)
 
 

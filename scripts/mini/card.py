@@ -71,9 +71,9 @@ trained under noise. Two fifths of the transformer's noise levels are from 0.9 t
 what is drawn. Below a noise level of {untold} some prompts are another picture's, so that a picture is believed more
 than the prompt where it can be told: that is what lets an edit keep a part of it. Classifier-free guidance is distilled
 into the guidance embedding. Then the model practises: it draws prompts in 4 to 20 steps, each drawing is mended to what
-the prompt says (where its things stand, as large as they are), and at every step of the way it learns the velocity that
-leads there. The committed weights are a running average. Words that no sentence of the training uses have the embedding
-of one that means the same, or of one that means nothing to a drawing.
+the prompt says (with the size that it has, where there are two), and at every step of the way it learns the velocity
+that leads there. The committed weights are a running average. Words that no sentence of the training uses have the
+embedding of one that means the same, or of one that means nothing to a drawing.
 
 They came about in several goes: first a narrower model (three heads of 48 channels) of a smaller world, with eight
 colours, six shapes, two sizes and two objects at most; then, begun from that (`--world whole --begin FOLDER`), the
@@ -81,9 +81,11 @@ decoder and the encoders on all of it, the transformer widened to four heads, gu
 things were still too small for what it could outline, and it took hexagons for circles: the hourglass took the
 hexagon's place, what has a place or stands in a row became larger, and it practised again (`--only-practice`). One
 picture in a hundred then went astray at a noise level of 0.9, where it believed what it saw more than the prompt: with
-twelve colours that is too early, and so it practised once more, and after that for its outlines. From nothing, the
-script trains 9,000 steps at 128², {last:,} at the nine canvases of that area that the size table's ratios come to, and
-practises for {practice:,} over all of them; the committed weights were not made by that one command.
+twelve colours that is too early, and so it practised once more, and after that for its outlines. They wavered all the
+same as long as a thing could stand a few pixels from its place: since then centres are corners of the latents' cells
+and radii are few, and it practised with that. From nothing, the script trains 9,000 steps at 128², {last:,} at the nine
+canvases of that area that the size table's ratios come to, and practises for {practice:,} over all of them; the
+committed weights were not made by that one command.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """

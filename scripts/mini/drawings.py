@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -49,16 +49,18 @@ PLACES: dict[str, tuple[float, float]] = {
     "right": (0.74, 0.5),
 }
 
-# Radii as a fraction of the picture's `unit`, by how many things there are; `placed` is one away from the middle.
-RADII = {
+# The radii there are, as fractions of the picture's `unit`, by how many things there are; `placed` is one away from the
+# middle.
+RADII: dict[str, dict[str, tuple[float, ...]]] = {
     "single": {"small": (0.14, 0.16), "medium": (0.22, 0.24), "large": (0.31, 0.34)},
-    "placed": {"small": (0.13, 0.14), "medium": (0.165, 0.175), "large": (0.205, 0.215)},
-    "pair": {"small": (0.14, 0.15), "medium": (0.17, 0.18), "large": (0.205, 0.225)},
-    "three": {"small": (0.11, 0.115), "medium": (0.125, 0.13), "large": (0.14, 0.15)},
+    "placed": {"small": (0.135,), "medium": (0.17,), "large": (0.21,)},
+    "pair": {"small": (0.145,), "medium": (0.175,), "large": (0.215,)},
+    "three": {"small": (0.11,), "medium": (0.1275,), "large": (0.145,)},
 }
-# Where things stand in order along the picture, and how far a thing may be off there and across.
-MIDDLES = {1: (0.5,), 2: (0.265, 0.735), 3: (1 / 6, 0.5, 5 / 6)}
-OFF_ALONG, OFF_ACROSS = 0.01, 0.02
+MIDDLES = {1: (0.5,), 2: (0.265, 0.735), 3: (1 / 6, 0.5, 5 / 6)}  # where things stand in order along the picture
+# Pixels that a centre and a radius are multiples of. The first is a cell of latents: an outline then cuts the cells in
+# a few ways, which a small model can know by heart. Of those between them it makes a guess, and draws wavering edges.
+CELL, FINEST = 8, 2
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,17 @@ def middle_of(shape: str) -> tuple[float, float, float]:
     return abs(area), x / area, y / area
 
 
+def on_lattice(scene: Scene, width: int, height: int) -> Scene:
+    """The scene with each centre at the nearest corner of a cell of the canvas, and each radius the nearest there is."""
+    pixels = unit(scene, width, height)
+
+    def moved(thing: Thing) -> Thing:
+        x, y = (CELL * round(part * side / CELL) / side for part, side in zip(thing.centre, (width, height), strict=True))
+        return replace(thing, centre=(x, y), radius=FINEST * round(thing.radius * pixels / FINEST) / pixels)
+
+    return replace(scene, things=tuple(moved(thing) for thing in scene.things))
+
+
 def group(scene: Scene) -> str:
     """The entry of RADII that the scene's things are of."""
     if len(scene.things) > 1:
@@ -274,15 +287,13 @@ def random_scene(
     else:
         relation = rng.choice(list(ROWS))
         arranged = in_a_row(rng, named, relation, world.sizes)
-    return Scene(background, tuple(arranged), relation, pattern, between, place)
+    return on_lattice(Scene(background, tuple(arranged), relation, pattern, between, place), width, height)
 
 
 def single(rng: random.Random, colour: str, shape: str, size: str, place: str | None = None) -> Thing:
-    """One thing, about the middle or at its place."""
-    radius = rng.uniform(*RADII["single" if place is None else "placed"][size])
-    x, y = (0.5, 0.5) if place is None else PLACES[place]
-    x, y = x + rng.uniform(-OFF_ACROSS, OFF_ACROSS), y + rng.uniform(-OFF_ACROSS, OFF_ACROSS)
-    return Thing(colour, shape, size, (x, y), radius)
+    """One thing, in the middle or at its place."""
+    radius = rng.choice(RADII["single" if place is None else "placed"][size])
+    return Thing(colour, shape, size, (0.5, 0.5) if place is None else PLACES[place], radius)
 
 
 def paired(rng: random.Random, named: list[tuple[str, str]], relation: str, sizes: tuple[str, ...]) -> list[Thing]:
@@ -294,11 +305,10 @@ def paired(rng: random.Random, named: list[tuple[str, str]], relation: str, size
     things = []
     for index, (colour, shape) in enumerate(named):
         size = common if alike else rng.choice(sizes)
-        radius = rng.uniform(*RADII["pair"][size])
+        radius = rng.choice(RADII["pair"][size])
         in_first_half = (index == 0) == first_comes_first
-        along = MIDDLES[2][0 if in_first_half else 1] + rng.uniform(-OFF_ALONG, OFF_ALONG)
-        across = 0.5 + rng.uniform(-OFF_ACROSS, OFF_ACROSS)
-        things.append(Thing(colour, shape, size, (along, across) if horizontal else (across, along), radius))
+        along = MIDDLES[2][0 if in_first_half else 1]
+        things.append(Thing(colour, shape, size, (along, 0.5) if horizontal else (0.5, along), radius))
     return things
 
 
@@ -307,8 +317,7 @@ def in_a_row(rng: random.Random, named: list[tuple[str, str]], relation: str, si
     things = []
     for index, (colour, shape) in enumerate(named):
         size = rng.choice(sizes)
-        along = MIDDLES[3][index] + rng.uniform(-OFF_ALONG, OFF_ALONG)
-        across = 0.5 + rng.uniform(-OFF_ACROSS, OFF_ACROSS)
-        centre = (along, across) if ROWS[relation] == "horizontal" else (across, along)
-        things.append(Thing(colour, shape, size, centre, rng.uniform(*RADII["three"][size])))
+        along = MIDDLES[3][index]
+        centre = (along, 0.5) if ROWS[relation] == "horizontal" else (0.5, along)
+        things.append(Thing(colour, shape, size, centre, rng.choice(RADII["three"][size])))
     return things

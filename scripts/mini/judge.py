@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import mean
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -203,7 +204,7 @@ def in_order(things: list[Seen], relation: str) -> bool:
 
 def size_of(seen: Seen, group: str, world: World, pixels: float) -> str:
     """The size whose radii are nearest, in a picture with a `unit` of so many pixels."""
-    return min(world.sizes, key=lambda size: abs(sum(RADII[group][size]) / 2 - seen.radius / pixels))
+    return min(world.sizes, key=lambda size: abs(mean(RADII[group][size]) - seen.radius / pixels))
 
 
 def judge(picture: Image.Image, scene: Scene, mentions_size: bool = True, world: World = FIRST) -> Verdict:

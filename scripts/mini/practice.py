@@ -1,7 +1,7 @@
 """Stage five: practice. The painter draws, and learns what it should have drawn.
 
-From noise it draws a prompt as a server would. The right drawing is the prompt's, with each thing as large and as far
-off its place as the painter has it (`mended`), and at every step of the way the painter learns the velocity that leads
+From noise it draws a prompt as a server would. The right drawing is the prompt's, with each thing as large as the
+painter has it (`mended`), and at every step of the way the painter learns the velocity that leads
 there. Drawings alone never show it its own mistakes, from which it does not find back (DAgger, arXiv 1011.0686); and a
 way that leads straight to one drawing is gone in few steps (reflow, arXiv 2209.03003, section 2.2).
 
@@ -30,10 +30,6 @@ from . import flow
 from .drawings import (
     BACKWARDS,
     COLOURS,
-    MIDDLES,
-    OFF_ACROSS,
-    OFF_ALONG,
-    PLACES,
     RADII,
     RELATIONS,
     ROWS,
@@ -44,6 +40,7 @@ from .drawings import (
     group,
     held_out,
     middle_of,
+    on_lattice,
     random_scene,
     stands_out,
     unit,
@@ -65,7 +62,6 @@ EDITS = 0.25  # share of the practice that begins with another's picture under n
 FALSE_PROMPTS = 0.6  # of those and of the stages before; at 0.85 edits keep more, and all else is less sure
 GUIDANCE = (3.0, 10.0)  # half of the practice is at the usual value, the other half between these
 LOOK_EVERY = 1000
-PEN = 0.25  # pixels by which Pillow draws an outline larger than its polygon
 
 FEW, MANY = flow.SHIFTS
 SCHEDULE = FlowSchedule(
@@ -121,12 +117,8 @@ def likely_background(scene: Scene, seen: torch.Tensor, world: World) -> Scene:
     return replace(scene, background=nearest, pattern="plain", second=None)
 
 
-def between(value: float, low: float, high: float) -> float:
-    return min(max(value, low), high)
-
-
 def measured(scene: Scene, index: int, seen: torch.Tensor, empty: torch.Tensor, width: int, height: int) -> Thing:
-    """The scene's thing of that index, as large and as far off its place as it is seen to be, within what is allowed.
+    """The scene's thing of that index, with the radius that comes nearest to what is seen, and its own place.
 
     Args:
         seen, empty: `coloured` of the picture and of its background alone, [moment, axis, h, w].
@@ -140,27 +132,9 @@ def measured(scene: Scene, index: int, seen: torch.Tensor, empty: torch.Tensor, 
     away = on_axes(COLOURS[thing.colour])[:, None, None] - empty[0][own]
     cover = ((seen - empty)[own] * away).sum(dim=1) / away.square().sum(dim=0)  # [moment, rows, columns]
     cover = cover * (cover[0] > 0.05)
-    low, high = RADII[group(scene)][thing.size]
-    middle = PLACES[scene.place] if scene.place else (0.5, 0.5)
-    if scene.relation is not None:
-        middle = (MIDDLES[count][slot], 0.5) if horizontal else (0.5, MIDDLES[count][slot])
-    if not float(cover[0].sum()) > 0:
-        return replace(thing, centre=middle, radius=(low + high) / 2)
-    rows, columns = cover.shape[1:]
-    x = (torch.arange(columns) + 0.5) * 8 + (8 * first if horizontal else 0)
-    y = (torch.arange(rows) + 0.5) * 8 + (8 * first if not horizontal else 0)
-    total = cover[0].sum()
-    at_x = float((cover[0] * x + 4 * cover[1]).sum() / total)
-    at_y = float((cover[0] * y[:, None] + 4 * cover[2]).sum() / total)
-    area, off_x, off_y = middle_of(thing.shape)
-    pixels = unit(scene, width, height)
-    radius = between(((64 * float(total) / area) ** 0.5 - PEN) / pixels, low, high)
-    off = (OFF_ACROSS, OFF_ACROSS)
-    if scene.relation is not None:
-        off = (OFF_ALONG, OFF_ACROSS) if horizontal else (OFF_ACROSS, OFF_ALONG)
-    found = ((at_x - off_x * radius * pixels) / width, (at_y - off_y * radius * pixels) / height)
-    centre = tuple(between(a, m - o, m + o) for a, m, o in zip(found, middle, off, strict=True))
-    return replace(thing, centre=cast(tuple[float, float], centre), radius=radius)
+    area, _, _ = middle_of(thing.shape)
+    seen_radius = (64 * max(0.0, float(cover[0].sum())) / area) ** 0.5 / unit(scene, width, height)
+    return replace(thing, radius=min(RADII[group(scene)][thing.size], key=lambda radius: abs(radius - seen_radius)))
 
 
 def mended(
@@ -186,9 +160,13 @@ def mended(
     bare = encoded(run, vae, [replace(scene, things=()) for scene in scenes], width, height)
     empty = coloured(unpack(bare.float().cpu(), width, height))
     return [
-        replace(
-            scene,
-            things=tuple(measured(scene, i, seen[n], empty[n], width, height) for i in range(len(scene.things))),
+        on_lattice(
+            replace(
+                scene,
+                things=tuple(measured(scene, i, seen[n], empty[n], width, height) for i in range(len(scene.things))),
+            ),
+            width,
+            height,
         )
         for n, scene in enumerate(scenes)
     ]
