@@ -177,11 +177,13 @@ def middle_of(shape: str) -> tuple[float, float, float]:
 
 
 def on_lattice(scene: Scene, width: int, height: int) -> Scene:
-    """The scene with each centre at the nearest corner of a cell of the canvas, and each radius the nearest there is."""
+    """The scene with each centre at the nearest corner of a cell of the canvas, each radius the nearest there is."""
     pixels = unit(scene, width, height)
 
     def moved(thing: Thing) -> Thing:
-        x, y = (CELL * round(part * side / CELL) / side for part, side in zip(thing.centre, (width, height), strict=True))
+        x, y = (
+            CELL * round(part * side / CELL) / side for part, side in zip(thing.centre, (width, height), strict=True)
+        )
         return replace(thing, centre=(x, y), radius=FINEST * round(thing.radius * pixels / FINEST) / pixels)
 
     return replace(scene, things=tuple(moved(thing) for thing in scene.things))
