@@ -96,12 +96,13 @@ def train(options: argparse.Namespace) -> None:
             painter = flow.train(run, autoencoder, **how, look=look, begin=options.begin, known=options.known)
             painter = guidance.train(run, painter, autoencoder, **how)
         painter = practice.train(run, painter, autoencoder, **how, look=partial(look, name="practice"))
-    text.lend_words(
-        run.world,
-        run.seed,
-        (painter.tokenizer, painter.text_encoder),
-        (painter.tokenizer_2, painter.text_encoder_2),
-    )
+    if not options.only_practice:  # which leaves the text encoders as they are
+        text.lend_words(
+            run.world,
+            run.seed,
+            (painter.tokenizer, painter.text_encoder),
+            (painter.tokenizer_2, painter.text_encoder_2),
+        )
     export(options.out, autoencoder, painter)
     print(f"wrote {options.out}")
 

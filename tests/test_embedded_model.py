@@ -94,7 +94,7 @@ def test_it_draws_the_whole_world(pipeline: Any, mini: ModelInfo, kind: str, bou
 def test_it_understands_other_words(pipeline: Any, mini: ModelInfo, things: int) -> None:
     asked = questions(SAMPLE, things, 128, 128, words=True)
     assert any(q.prompt.isupper() for q in asked)
-    assert sum("tiny" in q.prompt.lower() for q in asked) > 1
+    assert any("tiny" in q.prompt.lower() for q in asked)
     pictures = paint(pipeline, [q.prompt for q in asked], 128, 128, mini.default_steps)
     verdicts = [judge(p, q.scene, q.mentions_size) for p, q in zip(pictures, asked, strict=True)]
     assert share(verdicts, "perfect") >= 85
