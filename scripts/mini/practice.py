@@ -87,13 +87,10 @@ def on_axes(colour: Rgb) -> torch.Tensor:
 
 
 def coloured(latents: torch.Tensor) -> torch.Tensor:
-    """[batch, 16, h, w] → [batch, moment, axis, h, w]: of each 8×8 block the mean colour, and that of x·colour and
-    y·colour, with x and y from −1 to 1 within the block."""
-    order = ((0, 0), (1, 0), (0, 1))
-    index = [CHANNELS.index((axis, moment)) for moment in range(len(order)) for axis in range(3)]
-    scales = torch.tensor([MEASURED[at] / WANTED[CHANNELS[at][1]] for at in index])
-    found = latents[:, index] * scales[:, None, None]
-    return found.view(len(latents), len(order), 3, *latents.shape[2:])
+    """[batch, 16, h, w] → [batch, axis, h, w]: of each 8×8 block the mean colour."""
+    index = [CHANNELS.index((axis, 0)) for axis in range(3)]
+    scales = torch.tensor([MEASURED[at] / WANTED[0] for at in index])
+    return latents[:, index] * scales[:, None, None]
 
 
 def likely_background(scene: Scene, seen: torch.Tensor, world: World) -> Scene:
@@ -121,7 +118,7 @@ def measured(scene: Scene, index: int, seen: torch.Tensor, empty: torch.Tensor, 
     """The scene's thing of that index, with the radius that comes nearest to what is seen, and its own place.
 
     Args:
-        seen, empty: `coloured` of the picture and of its background alone, [moment, axis, h, w].
+        seen, empty: `coloured` of the picture and of its background alone, [axis, h, w].
     """
     thing, count = scene.things[index], len(scene.things)
     horizontal = scene.relation is not None and (RELATIONS | ROWS)[scene.relation] == "horizontal"
@@ -129,11 +126,10 @@ def measured(scene: Scene, index: int, seen: torch.Tensor, empty: torch.Tensor, 
     length = width if horizontal else height
     first, last = (round(part * length / 8 / count) for part in (slot, slot + 1))
     own = (..., slice(first, last)) if horizontal else (..., slice(first, last), slice(None))
-    away = on_axes(COLOURS[thing.colour])[:, None, None] - empty[0][own]
-    cover = ((seen - empty)[own] * away).sum(dim=1) / away.square().sum(dim=0)  # [moment, rows, columns]
-    cover = cover * (cover[0] > 0.05)
+    away = on_axes(COLOURS[thing.colour])[:, None, None] - empty[own]
+    cover = ((seen - empty)[own] * away).sum(dim=0) / away.square().sum(dim=0)  # of each block, from 0 to 1
     area, _, _ = middle_of(thing.shape)
-    seen_radius = (64 * max(0.0, float(cover[0].sum())) / area) ** 0.5 / unit(scene, width, height)
+    seen_radius = (64 * float(cover[cover > 0.05].sum()) / area) ** 0.5 / unit(scene, width, height)
     return replace(thing, radius=min(RADII[group(scene)][thing.size], key=lambda radius: abs(radius - seen_radius)))
 
 
@@ -154,7 +150,7 @@ def mended(
     """
     seen = coloured(unpack(latents.float().cpu(), width, height))
     scenes = [
-        scene if told else likely_background(scene, picture[0], run.world)
+        scene if told else likely_background(scene, picture, run.world)
         for scene, told, picture in zip(scenes, said, seen, strict=True)
     ]
     bare = encoded(run, vae, [replace(scene, things=()) for scene in scenes], width, height)
