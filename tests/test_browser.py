@@ -83,7 +83,7 @@ def draw(page: Any, prompt: str, **fields: str) -> None:
 def wait(page: Any, selector: str, count: int) -> None:
     from playwright.sync_api import expect
 
-    expect(page.locator(selector)).to_have_count(count)
+    expect(page.locator(selector)).to_have_count(count, timeout=20_000)
 
 
 def stored(page: Any, index: int = 0) -> Any:
