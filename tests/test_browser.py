@@ -18,6 +18,7 @@ from tests.servers import Server, eventually, running
 
 pytestmark = pytest.mark.slow
 
+PATIENCE = 20_000  # milliseconds: two tests share the machine
 STAR = "a large red star on a blue background"
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -50,7 +51,7 @@ def page(browser: Any, own: Server) -> Iterator[Any]:
     for entry in httpx.get(own.url + "/v1/images/requests").json()["data"]:
         httpx.delete(f"{own.url}/v1/images/requests/{entry['id']}")
     context = browser.new_context(viewport={"width": 1200, "height": 800})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -83,7 +84,7 @@ def draw(page: Any, prompt: str, **fields: str) -> None:
 def wait(page: Any, selector: str, count: int) -> None:
     from playwright.sync_api import expect
 
-    expect(page.locator(selector)).to_have_count(count, timeout=20_000)
+    expect(page.locator(selector)).to_have_count(count, timeout=PATIENCE)
 
 
 def stored(page: Any, index: int = 0) -> Any:

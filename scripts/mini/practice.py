@@ -1,9 +1,9 @@
 """Stage five: practice. The painter draws, and learns what it should have drawn.
 
 From noise it draws a prompt as a server would. The right drawing is the prompt's, with each thing as large as the
-painter has it (`mended`), and at every step of the way the painter learns the velocity that leads
-there. Drawings alone never show it its own mistakes, from which it does not find back (DAgger, arXiv 1011.0686); and a
-way that leads straight to one drawing is gone in few steps (reflow, arXiv 2209.03003, section 2.2).
+painter has it (`mended`), and at every step of the way the painter learns the velocity that leads there. Drawings alone
+never show it its own mistakes, from which it does not find back (DAgger, arXiv 1011.0686); and a way that leads
+straight to one drawing is gone in few steps (reflow, arXiv 2209.03003, section 2.2).
 
 A part of the practice begins with a drawing under noise and a prompt that may be another's: there the drawing is right.
 
