@@ -38,7 +38,7 @@ REFUSED_FOR = 3600.0
 BATCH_GAIN = 0.5
 """What pictures that share steps cost at least, of what they cost alone."""
 OUTSIDE_FALLS = 3
-"""Engines that somebody else (the kernel, for want of memory) ended with a picture in hand, before it is given up."""
+"""Engines that somebody else (the kernel, for want of memory) ended with a picture in hand, before it is refused."""
 
 log = logging.getLogger("flux_local.dispatch")
 
@@ -306,24 +306,32 @@ class Dispatcher:
             engine.send(pending.job)
 
     def _on_fall(self, engine: Engine, fall: Fall) -> None:
-        """Places the engine's pictures anew; those in its hands when it crashed go alone, once."""
-        for pending in [p for p in self.pending.values() if p.engine is engine]:
-            in_hand = pending.job.serial in fall.serials
-            if in_hand and fall.inside:
-                pending.crashes += 1
-                pending.job = msgspec.structs.replace(pending.job, alone=True)
-                if pending.crashes >= CRASHES:
-                    self.refused[fingerprint(pending.job)] = time.monotonic() + REFUSED_FOR
-                    self._settle(pending, RequestCrashes())
-                    continue
-            elif in_hand:
-                pending.outside += 1
-                if pending.outside >= OUTSIDE_FALLS:
-                    self._settle(pending, InternalError("The engine was ended too often. Ask the server's operator."))
-                    continue
+        """Places the engine's pictures anew; those that were in its hands go alone, and not for ever."""
+        owed = [pending for pending in self.pending.values() if pending.engine is engine]
+        for pending in owed:
             pending.engine, pending.begun = None, False
-            self.placed_again += 1
-            self._place(pending)
+            if pending.job.serial in fall.serials:
+                pending.job = msgspec.structs.replace(pending.job, alone=True)
+                pending.crashes += fall.inside
+                pending.outside += not fall.inside
+        for pending in owed:
+            if pending.crashes >= CRASHES or pending.outside >= OUTSIDE_FALLS:
+                self._refuse(pending.job)
+        for pending in owed:
+            if pending.job.id in self.pending:
+                self.placed_again += 1
+                self._place(pending)
+
+    def _refuse(self, job: Job) -> None:
+        """Ends all that is the same work, what comes in the next REFUSED_FOR seconds too: each more of it would cost
+        an engine, and in the end the server."""
+        work = fingerprint(job)
+        self.refused[work] = time.monotonic() + REFUSED_FOR
+        for pending in list(self.pending.values()):
+            if pending.job.prompt == job.prompt and fingerprint(pending.job) == work:
+                if pending.engine is not None:
+                    pending.engine.send(Cancel(pending.job.id))
+                self._settle(pending, RequestCrashes())
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         """One engine is given up: its pictures go to the others; without others the server has to end."""

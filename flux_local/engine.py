@@ -228,6 +228,7 @@ class Engine:
         try:
             self.faults.before_step([drawing.job.prompt for drawing in batch], pictures)
             self.pipeline.adapt(batch[0].job.loras, batch[0].job.go_fast)
+            self.pipeline.prepare(pictures, batch[0].job.go_fast)
             self.pipeline.denoiser_for(batch[0].job.go_fast, batch[0].careful).advance(pictures)
             if alone:
                 self.settle()
@@ -287,7 +288,7 @@ class Engine:
             for drawing in batch:
                 self.end_with(drawing, InternalError(f"The model failed ({type(error).__name__}). Try again."))
             return
-        self.pipeline.make_room()
+        self.pipeline.make_room(w.picture for w in self.drawings.values() if w.picture is not None)
         canvas = (batch[0].job.width, batch[0].job.height)
         log.warning("out of memory with %d pictures of %dx%d", len(batch), *canvas)
         if len(batch) > 1:

@@ -121,10 +121,10 @@ class InternalError(FluxError):
 
 
 class RequestCrashes(InternalError):
-    """Engines crashed on this request, twice; it is refused for a while, so that it does not take others with it."""
+    """Engines ended on this request, twice and more; it is refused for a while, so that others do not end with it."""
 
     def __init__(self) -> None:
-        super().__init__("The engine crashed twice on this very request. Change it, or ask the server's operator.")
+        super().__init__("The engine ended on this very request each time. Change it, or ask the server's operator.")
 
 
 class StorageFull(FluxError):

@@ -26,7 +26,7 @@ from flux_local.api.work import Services
 from flux_local.config import Settings
 from flux_local.decoder import SafeDecoder
 from flux_local.dispatch import Dispatcher, Limits
-from flux_local.errors import AlreadyTaken, InvalidValue, SettingsError
+from flux_local.errors import AlreadyTaken, InvalidValue, SettingsError, StorageFull
 from flux_local.history import History
 from flux_local.messages import Ready
 from flux_local.metrics import Metrics
@@ -38,6 +38,8 @@ KEEP_ALIVE_SECONDS = 75
 """For which a connection without a request is kept; longer than clients' pools keep theirs, so that none is cut just as
 it is used again."""
 HEAD_SECONDS = 10
+EARLY = 65_536
+"""Bytes of further requests that are taken from a client whose first is still under way."""
 SWEEP_SECONDS = 600
 LOOK_EVERY = 0.05
 """Seconds between looks at whether a drain has come to its end."""
@@ -116,6 +118,8 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         server.force_exit = True  # connections in the middle of something
         await asyncio.gather(serving, return_exceptions=True)
         listener.close()
+        with contextlib.suppress(StorageFull):
+            await requests.write_endings()
         history.close()
         store.close()
 
@@ -147,6 +151,8 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < EARLY:
+            self.flow.resume_reading()  # uvicorn reads no more once there is something, and would not see it leave
         theirs, answered = self.conn.their_state, self.conn.our_state is h11.DONE
         half_a_head = theirs is h11.IDLE and bool(self.conn.trailing_data[0])
         unwanted = theirs is h11.SEND_BODY and answered

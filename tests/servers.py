@@ -117,8 +117,10 @@ def eventually(condition: object, limit: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-def leaving_after(server: Server, body: object, condition: object, headers: dict[str, str] | None = None) -> None:
-    """Sends a request for pictures and closes the connection as soon as the condition holds."""
+def leaving_after(
+    server: Server, body: object, condition: object, headers: dict[str, str] | None = None, tail: bytes = b""
+) -> None:
+    """Sends a request for pictures and, as soon as the condition holds, the tail, and closes the connection."""
     host, port = server.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     head = {"host": host, "content-type": "application/json", "content-length": str(len(content)), **(headers or {})}
@@ -126,6 +128,7 @@ def leaving_after(server: Server, body: object, condition: object, headers: dict
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"POST /v1/images/generations HTTP/1.1\r\n{lines}\r\n".encode() + content)
         eventually(condition)
+        connection.sendall(tail)
 
 
 def pictures(answer: httpx.Response) -> list[str]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
-from flux_local.dispatch import Dispatcher, Limits
+import msgspec
+import pytest
+
+from flux_local.dispatch import CRASHES, OUTSIDE_FALLS, Dispatcher, Limits
+from flux_local.errors import RequestCrashes
 from flux_local.messages import Cancel, Job, Step, ToEngine
 from flux_local.supervisor import Fall
 
@@ -58,6 +62,40 @@ def test_an_engine_that_comes_back_takes_its_share() -> None:
         await asyncio.gather(*drawing, return_exceptions=True)
         assert not fallen.jobs
         assert not other.jobs
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("inside", "falls"), [(True, CRASHES), (False, OUTSIDE_FALLS)])
+def test_work_that_ends_engines_ends_with_all_that_is_the_same(inside: bool, falls: int) -> None:
+    """However many of it wait: each would cost one more engine, and a handful of those in a row the server."""
+
+    async def run() -> None:
+        dispatcher = Dispatcher(LIMITS, lambda hooks: [])
+        engine, other = Engine(True), Engine(None)
+        dispatcher.engines = cast(list[Any], [engine, other])
+        same = [asyncio.create_task(dispatcher.draw(job(number))) for number in range(8)]
+        bystander = asyncio.create_task(dispatcher.draw(msgspec.structs.replace(job(8), prompt="y")))
+        await asyncio.sleep(0)
+        other.ready = True
+        for fall in range(falls):
+            batch = [engine.jobs[f"req-{number}"] for number in range(8) if f"req-{number}" in engine.jobs]
+            in_hand = batch if fall == 0 else batch[:1]
+            assert all(found.alone == bool(fall) for found in in_hand)
+            engine.jobs.clear()
+            other.jobs.clear()
+            dispatcher._on_fall(cast(Any, engine), Fall(tuple(found.serial for found in in_hand), inside))
+            for pending in dispatcher.pending.values():
+                if pending.engine is not engine:
+                    pending.engine = cast(Any, engine)
+                engine.jobs[pending.job.id] = pending.job
+        ended = await asyncio.gather(*same, return_exceptions=True)
+        assert {type(error) for error in ended} == {RequestCrashes}
+        assert list(dispatcher.pending) == ["req-8"]
+        with pytest.raises(RequestCrashes):
+            await dispatcher.draw(job(9))
+        bystander.cancel()
+        await asyncio.gather(bystander, return_exceptions=True)
 
     asyncio.run(run())
 

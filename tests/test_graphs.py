@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from flux_local.model import graphs
-from flux_local.model.graphs import Captured, Graphs, OtherBits, Pool
+from flux_local.model.graphs import Captured, Graphs, OtherBits, Pool, Unrecordable
+
+
+ERRORS = {13: OtherBits("no"), 17: RuntimeError("the function's own"), 19: Unrecordable("no")}
+"""What recording so many rows raises."""
 
 
 class Stream:
@@ -33,7 +37,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     handles = iter(range(100))
     fakes: dict[str, Any] = {
         "Stream": Stream, "current_stream": Stream, "stream": lambda _: contextlib.nullcontext(),
-        "set_stream": lambda _: None, "synchronize": lambda: None, "graph_pool_handle": lambda: next(handles),
+        "set_stream": lambda _: None, "current_device": no_device, "synchronize": lambda: None, "graph_pool_handle": lambda: next(handles),
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -42,9 +46,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Graph, "living", 0)
 
 
+def no_device() -> int:
+    raise RuntimeError("there is no card")
+
+
 def capture(self: Graphs, inputs: tuple[torch.Tensor, ...]) -> tuple[Captured, torch.Tensor]:
-    if len(inputs[0]) == 13:
-        raise OtherBits("no")
+    if error := ERRORS.get(len(inputs[0])):
+        raise error
     captured = Captured(Graph(), inputs, inputs[0])  # type: ignore[arg-type]
     return captured, captured.replay(inputs)
 
@@ -79,3 +87,12 @@ def test_what_does_not_repeat_its_bits_is_not_tried_again() -> None:
     assert [called(user, 5), called(user, 13), called(user, 13), called(user, 5)] == [1, 0, 0, 1]
     assert (user.refused, pool.recordings, pool.closed) == ({(torch.Size([13]),)}, 3, False)
     assert graphs.same_bits(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
+
+
+def test_only_what_cannot_be_recorded_ends_recording() -> None:
+    pool = Pool()
+    user = Graphs(twice, pool)
+    assert [called(user, 5), called(user, 17), called(user, 17), called(user, 5)] == [1, 0, 0, 1]
+    assert (user.refused, pool.recordings, pool.closed) == (set(), 4, False), "it may do better the next time"
+    assert [called(user, 19), called(user, 5)] == [0, 0]
+    assert (user.refused, pool.closed) == ({(torch.Size([19]),)}, True)

@@ -199,6 +199,12 @@ def test_what_is_unknown_is_ignored_and_listed(server: Server) -> None:
     assert answer.status_code == 200
     assert answer.headers["x-flux-ignored-params"] == "strength,wibble"
     assert answer.headers["x-flux-precision"] == "fp32"
+    names = [" first", "last ", " ", "é", "a" * 63 + " b", *(f"{i:04} {'c' * 57}" for i in range(40))]
+    answer = server.post({"prompt": "x", "size": "128x128", "steps": 1, **dict.fromkeys(names, 1)})
+    assert answer.status_code == 200
+    listed = answer.headers["x-flux-ignored-params"]
+    assert listed.startswith("first,0000 ccc")
+    assert 950 < len(listed) <= 1000
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_says_so(server: Server) -> None:
@@ -358,13 +364,14 @@ def test_large_bodies_have_only_so_much_memory(tmp_path: Path) -> None:
         eventually(lambda: server.post(body, "/v1/images/edits").status_code == 400)  # read, and no picture
 
 
-def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
+@pytest.mark.parametrize("tail", [b"", b"\r\n", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"])
+def test_a_client_that_leaves_frees_its_place(server: Server, tail: bytes) -> None:
     def newest() -> dict[str, Any]:
         found: dict[str, Any] = httpx.get(server.url + "/v1/images/requests", params={"limit": 1}).json()["data"][0]
         return found
 
-    body = {"prompt": "left", "n": 10, "steps": 100}
-    leaving_after(server, body, lambda: newest()["params"]["prompt"] == "left")
+    body = {"prompt": f"left {tail!r}", "n": 10, "steps": 100}
+    leaving_after(server, body, lambda: newest()["params"]["prompt"] == body["prompt"], tail=tail)
     eventually(lambda: newest()["status"] == "cancelled")
 
 

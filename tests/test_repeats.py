@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import sqlite3
@@ -11,7 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
+from flux_local.api.repeats import Repeats
+from flux_local.errors import TryLater
+from flux_local.history import History
 from tests.servers import Server, eventually, leaving_after, running
 
 BODY: dict[str, Any] = {"prompt": "a red circle", "size": "128x128", "steps": 4}
@@ -71,6 +77,29 @@ def test_a_repeat_takes_over_from_a_client_that_left(server: Server) -> None:
     assert (again.status_code, "idempotent-replayed" in again.headers) == (200, False)
     latest = httpx.get(server.url + "/v1/images/requests", params={"limit": 2}).json()["data"]
     assert [entry["status"] for entry in latest] == ["succeeded", "cancelled"]
+
+
+def test_a_repeat_that_takes_over_has_what_is_left_of_its_time(tmp_path: Path) -> None:
+    async def run() -> None:
+        history = History(tmp_path, 60)
+        repeats, request = Repeats(history), Request({"type": "http", "headers": [(b"idempotency-key", b"k")]})
+        left: list[float] = []
+
+        async def fails(seconds: float) -> Response:
+            await asyncio.sleep(0.3)
+            raise TryLater("x")
+
+        async def works(seconds: float) -> Response:
+            left.append(seconds)
+            return Response(status_code=500)
+
+        first = asyncio.ensure_future(repeats.once(request, "", "generations", "f", 60, fails))
+        await asyncio.gather(first, repeats.once(request, "", "generations", "f", 10, works), return_exceptions=True)
+        assert isinstance(first.exception(), TryLater)
+        assert 8 < left[0] < 9.8
+        history.close()
+
+    asyncio.run(run())
 
 
 def test_another_body_under_the_same_key(server: Server) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import random
 import socket
 import sqlite3
 from pathlib import Path
@@ -237,6 +238,18 @@ def test_accepted_work_outlives_a_kill(tmp_path: Path) -> None:
         assert httpx.get(f"{server.url}/v1/images/requests/{ids[-1]}").json()["response"]["data"] == expected
 
 
+def test_what_a_client_gave_it_is_all_the_time_that_a_promise_has_later_too(tmp_path: Path) -> None:
+    slow, body = {"FLUX_LOCAL_FAULTS": "slow seconds=0.1"}, {**BODY, "steps": 100}
+    with running(tmp_path, **slow) as server:
+        location = server.post(body, headers={**ASYNC, "x-request-timeout": "2"}).headers["location"]
+        server.process.kill()
+        server.process.wait()
+    with running(tmp_path, **slow) as server:
+        here = server.url + httpx.URL(location).path
+        eventually(lambda: status(here) == "failed")
+        assert httpx.get(here).json()["error"]["code"] == "deadline_exceeded"
+
+
 @pytest.mark.parametrize("promises", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_accepted_work_outlives_a_start_that_fails(tmp_path: Path, promises: int) -> None:
     body = {**BODY, "steps": 60}
@@ -302,6 +315,14 @@ def test_a_full_disk_costs_urls_and_nothing_else(tmp_path: Path) -> None:
         full = server.post(BODY)
         assert (full.status_code, full.json()["error"]["code"]) == (507, "storage_full")
         assert full.headers["x-should-retry"] == "false"
+        noise = io.BytesIO()
+        Image.frombytes("RGB", (640, 640), random.Random(0).randbytes(640 * 640 * 3)).save(noise, "PNG")
+        sent = {**BODY, "response_format": "b64_json"}
+        form = httpx.post(server.url + "/v1/images/edits", files={"image": ("x.png", noise.getvalue())}, data=sent)
+        assert (form.status_code, form.json()["error"]["code"]) == (507, "storage_full")
+        assert "as JSON" in form.json()["error"]["message"]
+        image = "data:image/png;base64," + base64.b64encode(noise.getvalue()).decode()
+        assert len(pictures(server.post({**sent, "image": image}, "/v1/images/edits"))) == 1
         process.rlimit(psutil.RLIMIT_FSIZE, limits)
         assert httpx.get(server.post(BODY).json()["data"][0]["url"]).status_code == 200
 
@@ -322,6 +343,9 @@ def test_accepted_work_ends_on_a_full_disk_too(tmp_path: Path) -> None:
         process.rlimit(psutil.RLIMIT_FSIZE, limits)
         assert httpx.delete(made[0]).json()["status"] == "failed"
         assert httpx.get(made[0]).status_code == 404
+    with running(tmp_path) as server:
+        entry = httpx.get(server.url + httpx.URL(made[1]).path).json()
+        assert (entry["status"], entry["error"]["code"]) == ("failed", "storage_full"), "what was told stays so"
 
 
 def test_the_history_has_pages(server: Server) -> None:

@@ -13,8 +13,11 @@ from typing import Any, cast
 import httpx
 import numpy as np
 import pytest
+import torch
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from flux_local.engine import Engine
+from flux_local.errors import WeightsError
 from flux_local.messages import HEADER, EngineChannel, Failed, Job, decode_from_engine
 from flux_local.model.safety import Classifier, Key, SafetyChecker
 from flux_local.pulse import Pulse
@@ -118,7 +121,7 @@ class Broken:
     device = "cpu"
 
     def flagged(self, pictures: list[np.ndarray]) -> list[bool]:
-        if len(pictures) > 1 or pictures[0].mean() < 100:
+        if len(pictures) > 1 or (pictures[0].mean() < 100 and len(pictures[0]) != 64):  # but for its own first
             raise RuntimeError("no")
         return [False]
 
@@ -132,6 +135,24 @@ def test_a_checker_that_fails_is_no_verdict() -> None:
     while len(found) < len(values):
         found |= dict(checker.verdicts(10))
     assert found == {("a", None): None, ("b", 1): False, ("c", None): None}
+
+
+def test_a_checker_that_fails_on_every_picture_prevents_the_start() -> None:
+    class Useless(Broken):
+        def flagged(self, pictures: list[np.ndarray]) -> list[bool]:
+            raise RuntimeError("no")
+
+    with pytest.raises(WeightsError, match="--safety-model"):
+        SafetyChecker(cast(Classifier, Useless()))
+
+
+def test_a_classifier_in_half_precision_looks_at_pictures(tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], id2label={0: "normal", 1: "nsfw"})
+    torch.manual_seed(0)
+    ResNetForImageClassification(config).half().save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    looked = Classifier(tmp_path, "cpu", frozenset({"nsfw"}), 0.0).flagged([np.zeros((64, 64, 3), np.uint8)] * 2)
+    assert looked == [True, True]
 
 
 def test_a_picture_that_nobody_could_look_at_fails_and_blames_nobody(pipeline: Any) -> None:

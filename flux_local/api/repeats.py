@@ -41,13 +41,14 @@ class Repeats:
         route: str,
         fingerprint: str,
         seconds: float,
-        make: Callable[[], Awaitable[Response]],
+        make: Callable[[float], Awaitable[Response]],
     ) -> Response:
         """What `make` answers, or answered before under the same key.
 
         Args:
             fingerprint: of all that the client asked for.
             seconds: that the client gives it; more are not waited for another request of the key.
+            make: called with what is left of them.
 
         Raises:
             InvalidValue: not a key. IdempotencyKeyReused: the key was used for something else.
@@ -55,7 +56,7 @@ class Repeats:
         """
         key = key_of(request)
         if key is None:
-            return await make()
+            return await make(seconds)
         place = (owner, route, key)
         until = time.monotonic() + seconds
         while (running := self.running.get(place)) is not None:
@@ -68,7 +69,7 @@ class Repeats:
             if (stored := await self.history.reply(*place)) is not None:
                 same(stored.fingerprint, fingerprint)
                 return Response(stored.body, stored.status, {**stored.headers, "idempotent-replayed": "true"})
-            answer = await make()
+            answer = await make(max(0.0, until - time.monotonic()))
             if answer.status_code in (200, 202):
                 headers = {name: value for name, value in answer.headers.items() if name not in OWN_HEADERS}
                 id = request.scope["request_id"]

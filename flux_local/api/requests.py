@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Stored(msgspec.Struct, frozen=True):
     size: tuple[int, int] | None
     image: bytes | None
     mask: bytes | None
+    seconds: float | None = None
+    """That its client gave it; None of a process that did not say."""
 
 
 @dataclass
@@ -340,6 +343,7 @@ def packed(work: Work) -> bytes:
         source.image.size if source else None,
         source.image.tobytes() if source else None,
         source.mask.tobytes() if source and source.mask else None,
+        work.seconds,
     )
     return msgspec.msgpack.encode(stored)
 
@@ -353,5 +357,5 @@ def unpacked(entry: Entry, services: Services) -> Work:
     if stored.size is not None and stored.image is not None:
         mask = Image.frombytes("L", stored.size, stored.mask) if stored.mask else None
         source = Source(Image.frombytes("RGB", stored.size, stored.image), mask)
-    seconds = services.settings.request_timeout
+    seconds = min(stored.seconds or math.inf, services.settings.request_timeout)
     return Work(services, entry.id, stored.base_url, services.plan(stored.params, source), entry.owner, seconds)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -57,9 +59,10 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
         return work_of(services, request, params, source), fingerprint
 
     async def once(request: Request, route: Route, work: Work, fingerprint: str) -> Response:
-        return await repeats.once(
-            request, work.owner, route, fingerprint, work.seconds, partial(answer, request, requests, route, work)
-        )
+        def make(seconds: float) -> Awaitable[Response]:
+            return answer(request, requests, route, replace(work, seconds=seconds))
+
+        return await repeats.once(request, work.owner, route, fingerprint, work.seconds, make)
 
     async def with_image(request: Request, route: Route) -> Response:
         if HEADER not in request.headers:  # what would be refused need not be sent, and decoded, first

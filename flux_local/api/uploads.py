@@ -23,6 +23,7 @@ from flux_local.errors import (
     InvalidValue,
     MissingParameter,
     RequestTooLarge,
+    StorageFull,
     UnsupportedMediaType,
 )
 from flux_local.forms import form_value, from_form
@@ -62,7 +63,7 @@ async def received(request: Request, route: Route) -> AsyncIterator[Upload]:
     without is a name that changes nothing.
 
     Raises:
-        RequestTooLarge, UnsupportedMediaType, InvalidJson, InvalidValue, MissingParameter, RateLimited.
+        RequestTooLarge, UnsupportedMediaType, InvalidJson, InvalidValue, MissingParameter, RateLimited, StorageFull.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     async with contextlib.AsyncExitStack() as stack:
@@ -128,6 +129,10 @@ async def from_multipart(request: Request, stack: contextlib.AsyncExitStack) -> 
         raise InvalidValue(
             "The multipart body is malformed or has too many parts. Check how it was made; the header Content-Type "
             "must name its boundary, as clients do by themselves."
+        ) from error
+    except OSError as error:  # what is large is put into a file
+        raise StorageFull(
+            "The server has no room for the upload. Send the picture as JSON, or free space on the server."
         ) from error
     named = [(utf_8(name), value) for name, value in form.multi_items()]
     if sum(len(value) for name, value in named if isinstance(value, str) and plain(name) not in files) > (

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,8 +138,8 @@ class Work:
         }
         if params.acceleration != "none":
             headers["x-flux-acceleration"] = params.computed_origin
-        if ignored := [name[:64] for name in params.ignored if name.isascii() and name.isprintable()]:
-            headers["x-flux-ignored-params"] = ",".join(ignored)[:1000]
+        if ignored := listed(params.ignored):
+            headers["x-flux-ignored-params"] = ignored
         if any(item["revised_prompt"] != params.prompt_read for item in body["data"]):
             headers["x-flux-prompt-truncated"] = "true"
         return headers
@@ -254,3 +254,9 @@ def base_url(settings: Settings, request: Request) -> str:
         return settings.public_url.rstrip("/")
     host, port = request.scope["server"]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a header can have them, by commas: of those that are text for one, 64 characters each."""
+    shown = [name[:64].strip() for name in names if name.isascii() and name.isprintable()]
+    return ",".join(filter(None, shown))[:1000].strip()

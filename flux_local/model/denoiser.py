@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flux_local.model.graphs import same_bits
 from flux_local.model.latents import initial_noise
+from flux_local.model.memory import STEP_TOKENS
 from flux_local.model.pace import Pace
 from flux_local.model.text import PromptEmbedding
 
@@ -48,11 +49,15 @@ class Picture:
     latents: Tensor
     prompt: PromptEmbedding
     condition: Any
-    """What the transformer made of prompt, noise levels and guidance, once for all steps."""
+    """What the transformer made of prompt, noise levels and guidance, once for all steps. None where it was let go for
+    the memory it takes, and has to be made again before the next step."""
+    guidance: float = 0.0
     step: int = 0
     keep: Keep | None = None
+    negative: PromptEmbedding | None = None
+    """What to keep away from, with `true_cfg_scale`; None for one pass a step."""
     against: Any = None
-    """The condition to keep away from, with `true_cfg_scale`; None for one pass a step."""
+    """The condition that is made of it."""
     true_cfg_scale: float = 1.0
     computed: tuple[bool, ...] = ()
     """Which steps are computed; the others take an extrapolated velocity. Empty: all are."""
@@ -125,9 +130,9 @@ class Denoiser:
     def velocity(self, pictures: Sequence[Picture]) -> Tensor:
         """[B, tokens, 64]: where each picture's latents move per unit of sigma, guided where it asks for that.
 
-        A guided picture is two rows of one pass: under its prompt, and under what to keep away from.
+        A guided picture is two rows: under its prompt, and under what to keep away from.
         """
-        guided = [i for i, p in enumerate(pictures) if p.against is not None]
+        guided = [i for i, p in enumerate(pictures) if p.negative is not None]
         rows = [(p, p.condition) for p in pictures] + [(pictures[i], pictures[i].against) for i in guided]
         velocity = self.raw_velocity(rows)
         for row, i in enumerate(guided, len(pictures)):  # numbers, not tensors: the host waits for nothing
@@ -136,7 +141,13 @@ class Denoiser:
         return velocity[: len(pictures)]
 
     def raw_velocity(self, rows: Sequence[tuple[Picture, Any]]) -> Tensor:
-        """[rows, tokens, 64]: the transformer's own, each picture under the condition beside it."""
+        """[rows, tokens, 64]: the transformer's own, each picture under the condition beside it.
+
+        Rows that would have more than STEP_TOKENS together, for which nobody has kept memory, go one after the other.
+        """
+        most = max(1, STEP_TOKENS // rows[0][0].latents.shape[1])
+        if len(rows) > most:
+            return torch.cat([self.raw_velocity(rows[at : at + most]) for at in range(0, len(rows), most)])
         return self.transformer.velocity(
             torch.cat([picture.latents for picture, _ in rows]),
             [condition for _, condition in rows],
@@ -154,7 +165,7 @@ class Denoiser:
         Args:
             pictures: of one canvas and one prompt length, each with steps left.
         """
-        tokens = sum(picture.latents.shape[1] * (1 if picture.against is None else 2) for picture in pictures)
+        tokens = sum(picture.latents.shape[1] * (1 if picture.negative is None else 2) for picture in pictures)
         recordings = self.transformer.recordings
         with self.pace.step(tokens) as launching:
             for picture, velocity in zip(pictures, self.velocity(pictures).split(1), strict=True):

@@ -46,6 +46,10 @@ class OtherBits(RuntimeError):
     """A graph's replay gives other bits than the call that it was recorded from."""
 
 
+class Unrecordable(RuntimeError):
+    """Something in the function cannot be recorded. What has been may be spoilt."""
+
+
 class Pool:
     """Memory that graphs share which never run at the same time, whosever they are.
 
@@ -130,8 +134,9 @@ class Graphs:
                     self.forget()
                     raise
                 log.warning("no CUDA graph for %s: %s", [tuple(shape) for shape in shapes], error)
-                self.refused.add(shapes)
-                if not isinstance(error, OtherBits):
+                if isinstance(error, (OtherBits, Unrecordable)):
+                    self.refused.add(shapes)
+                if isinstance(error, Unrecordable):
                     self.pool.close()
                 with contextlib.suppress(RuntimeError):  # if the device is lost, the next call says so
                     self.pool.retire()
@@ -148,7 +153,8 @@ class Graphs:
         """Records the function at these shapes; also gives what it is of these inputs.
 
         Raises:
-            OtherBits: a replay does not give what a call gives. RuntimeError: something in it cannot be recorded.
+            OtherBits: a replay does not give what a call gives. Unrecordable: see there. RuntimeError: the function's
+                own, of a call that was not recorded.
         """
         static = tuple(tensor.clone() for tensor in inputs)
         aside = self.pool.aside
@@ -158,9 +164,14 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(aside)
         graph, output = torch.cuda.CUDAGraph(), torch.empty_like(expected)
         # What other threads do on the device meanwhile, the safety checker's say, neither fails nor is recorded.
-        with torch.cuda.graph(graph, pool=self.pool.handle, stream=aside, capture_error_mode="thread_local"):
-            self.pool.begin()
-            output.copy_(self.function(*static))
+        try:
+            with torch.cuda.graph(graph, pool=self.pool.handle, stream=aside, capture_error_mode="thread_local"):
+                self.pool.begin()
+                output.copy_(self.function(*static))
+        except RuntimeError as error:
+            if memory.is_exhausted(error):
+                raise
+            raise Unrecordable(str(error)) from error
         captured = Captured(graph, static, output)
         replayed = captured.replay(inputs)
         if not same_bits(replayed, expected):

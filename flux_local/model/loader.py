@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,21 @@ class Pipeline:
             original = self.vae.encode(image, width, height).to(noise.dtype)
             keep = None if mask is None else Keep(self.vae.repaint(mask, width, height), original, noise)
             latents = noised(original, noise, sigmas[0])
-        return Picture(
-            width, height, sigmas, latents, prompt, self.condition(prompt, sigmas[:-1], guidance, go_fast), keep=keep,
-            against=None if negative is None else self.condition(negative, sigmas[:-1], guidance, go_fast),
+        picture = Picture(
+            width, height, sigmas, latents, prompt, None, guidance, keep=keep, negative=negative,
             true_cfg_scale=true_cfg_scale, computed=computed,
         )  # fmt: skip
+        self.prepare([picture], go_fast)
+        return picture
+
+    def prepare(self, pictures: Iterable[Picture], go_fast: bool) -> None:
+        """Gives pictures the conditions that they have not got, or have no more. The adapters must be theirs."""
+        for picture in pictures:
+            if picture.condition is None:
+                sigmas = picture.sigmas[:-1]
+                picture.condition = self.condition(picture.prompt, sigmas, picture.guidance, go_fast)
+                if picture.negative is not None:
+                    picture.against = self.condition(picture.negative, sigmas, picture.guidance, go_fast)
 
     def condition(self, prompt: PromptEmbedding, sigmas: list[float], guidance: float, go_fast: bool) -> Any:
         """The transformer's, with the adapters that it has; once for the pictures of one request, which share it."""
@@ -147,9 +158,15 @@ class Pipeline:
                 self.conditions.popitem(last=False)
         return self.conditions[key][1]
 
-    def make_room(self) -> None:
-        """Gives back what can be made again: CUDA graphs, conditions, copies for adapters, the allocator's reserve."""
+    def make_room(self, pictures: Iterable[Picture] = ()) -> None:
+        """Gives back what can be made again: CUDA graphs, conditions, copies for adapters, the allocator's reserve.
+
+        Args:
+            pictures: under way, which lose their conditions until they are prepared again.
+        """
         self.conditions.clear()
+        for picture in pictures:
+            picture.condition = picture.against = None
         self.text.forget()
         if self.adapters is not None:
             self.adapters.forget()

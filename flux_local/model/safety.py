@@ -24,6 +24,8 @@ log = logging.getLogger("flux_local.safety")
 Key = tuple[str, int | None]
 """A job, and which of its partial pictures; None for the finished one."""
 
+WARM_UP = 300.0
+"""Seconds that the first picture may take."""
 AT_ONCE = 8
 """Pictures in one batch of the classifier."""
 
@@ -47,7 +49,7 @@ class Classifier:
         try:
             self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
             model: Any = AutoModelForImageClassification.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             raise WeightsError(
@@ -74,7 +76,13 @@ class Classifier:
 
 
 class SafetyChecker:
-    """A classifier with a thread of its own. Pictures go in at any time; verdicts are picked up between steps."""
+    """A classifier with a thread of its own. Pictures go in at any time; verdicts are picked up between steps.
+
+    Looks at one of its own first, so that libraries have made what they need before there is anything else.
+
+    Raises:
+        WeightsError: it fails on that.
+    """
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
@@ -83,6 +91,12 @@ class SafetyChecker:
         self._in: queue.SimpleQueue[tuple[Key, np.ndarray]] = queue.SimpleQueue()
         self._out: queue.SimpleQueue[tuple[Key, bool | None]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="safety", daemon=True).start()
+        self.submit(("", None), bytes(64 * 64 * 3), 64, 64)
+        if not [key for key, flagged in self.verdicts(WARM_UP) if flagged is not None]:
+            raise WeightsError(
+                "The safety checker fails on a picture; the log says how. Choose another with --safety-model, or set "
+                "--safety-checker off."
+            )
 
     def submit(self, key: Key, pixels: bytes, width: int, height: int) -> None:
         """Has a picture looked at: RGB rows, `width` · `height` of them."""
