@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_local.errors import WeightsError
+from flux_local.model import denoiser
 from flux_local.model.latents import initial_noise, pack, position_ids, unpack
 from flux_local.model.loader import Pipeline, load
 from flux_local.model.schedule import FlowSchedule
@@ -68,7 +69,21 @@ def test_equal_to_diffusers(pipeline: Pipeline, reference: Any, prompt: str, wid
         assert (ours_pixels.clamp(0, 1) - theirs).abs().max() < TOLERANCE
 
 
-def test_real_guidance_is_that_of_diffusers(pipeline: Pipeline, reference: Any) -> None:
+@pytest.mark.parametrize("passes", [1, 2])
+def test_real_guidance_is_that_of_diffusers(
+    passes: int, pipeline: Pipeline, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one pass of two rows, or, where those would be more than a pass has memory for, in two; and with conditions
+    made again on the way, as after a want of memory."""
+    monkeypatch.setattr(denoiser, "STEP_TOKENS", 128 // passes)
+    rows: list[int] = []
+    velocity = pipeline.denoiser.transformer.velocity
+
+    def counted(latents: torch.Tensor, *more: Any) -> torch.Tensor:
+        rows.append(len(latents))
+        return velocity(latents, *more)
+
+    monkeypatch.setattr(pipeline.denoiser.transformer, "velocity", counted)
     latents = reference(
         PROMPTS[0], negative_prompt="blue", true_cfg_scale=2.5, width=128, height=128, num_inference_steps=3,
         guidance_scale=3.0, generator=torch.Generator("cpu").manual_seed(1), output_type="latent",
@@ -80,6 +95,9 @@ def test_real_guidance_is_that_of_diffusers(pipeline: Pipeline, reference: Any) 
     )  # fmt: skip
     while ours.steps_left:
         pipeline.denoiser.advance([ours])
+        pipeline.make_room([ours])
+        pipeline.prepare([ours], go_fast=False)
+    assert rows == [2 // passes] * 3 * passes
     assert (ours.latents - latents).abs().max() < TOLERANCE
 
 
