@@ -11,7 +11,6 @@ import torch
 from flux_local.model import graphs
 from flux_local.model.graphs import Captured, Graphs, OtherBits, Pool, Unrecordable
 
-
 ERRORS = {13: OtherBits("no"), 17: RuntimeError("the function's own"), 19: Unrecordable("no")}
 """What recording so many rows raises."""
 
@@ -37,7 +36,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     handles = iter(range(100))
     fakes: dict[str, Any] = {
         "Stream": Stream, "current_stream": Stream, "stream": lambda _: contextlib.nullcontext(),
-        "set_stream": lambda _: None, "current_device": no_device, "synchronize": lambda: None, "graph_pool_handle": lambda: next(handles),
+        "set_stream": lambda _: None, "synchronize": lambda: None, "graph_pool_handle": lambda: next(handles),
+        "current_device": no_device,
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
