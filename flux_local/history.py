@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 REPLY_LIFETIME = 86_400
 """Seconds for which an `Idempotency-Key` is remembered, unless what was answered goes before that."""
-VERSION = 1
+VERSION = 2
 """Of the tables; kept in the database as `user_version`."""
 
 log = logging.getLogger("flux_local.history")
@@ -45,7 +45,8 @@ CREATE TABLE IF NOT EXISTS requests (
     response TEXT,
     error    TEXT,
     files    TEXT NOT NULL DEFAULT '[]',
-    work     BLOB
+    work     BLOB,
+    resumed  INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS replies (
     owner       TEXT NOT NULL,
@@ -61,12 +62,13 @@ CREATE TABLE IF NOT EXISTS replies (
 );
 CREATE INDEX IF NOT EXISTS by_owner ON requests (owner, created DESC);
 """
-SHOWN = "id, owner, route, status, created, finished, params, response, error, files, NULL"
+SHOWN = "id, owner, route, status, created, finished, params, response, error, files, NULL, resumed"
 """A row without its work, which may be megabytes that nobody looks at."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """A row. Times are Unix seconds; `work` is what is needed to do it again, None where nobody would wait for it."""
+    """A row. Times are Unix seconds; `work` is what is needed to do it again, None where nobody would wait for it;
+    `resumed`: how many processes have taken it up from one before, since the last that ended in order."""
 
     id: str
     owner: str
@@ -79,6 +81,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     error: dict[str, Any] | None
     files: list[str]
     work: bytes | None
+    resumed: int
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -138,6 +141,9 @@ class History:
                 )
             if version < 1:
                 connection.execute("DROP TABLE IF EXISTS replies")  # did not say whose they were
+            columns = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
+            if columns and "resumed" not in columns:
+                connection.execute("ALTER TABLE requests ADD COLUMN resumed INTEGER NOT NULL DEFAULT 0")
             connection.executescript(f"{SCHEMA} PRAGMA user_version = {VERSION};")
         except (sqlite3.DatabaseError, StartError):
             connection.close()
@@ -244,6 +250,16 @@ class History:
         )
         return [entry(r) for r in rows]
 
+    async def take_up(self, id: str) -> None:
+        """Counts that a process takes up what another one promised; on the disk before it does."""
+        await self._run(
+            lambda c: c.execute("UPDATE requests SET resumed = resumed + 1 WHERE id = ?", (id,)), flushed=True
+        )
+
+    async def put_down(self) -> None:
+        """The process ends in order: what it leaves was not the end of it."""
+        await self._run(lambda c: c.execute("UPDATE requests SET resumed = 0 WHERE resumed > 0 AND work IS NOT NULL"))
+
     async def remove(self, id: str) -> None:
         """Forgets a request and what a repeat of it would be answered."""
         await self._run(lambda c: c.execute("DELETE FROM replies WHERE request = ?", (id,)))
@@ -289,7 +305,7 @@ def brief(entry: Entry) -> Entry:
 
 
 def entry(row: tuple[Any, ...]) -> Entry:
-    id, owner, route, status, created, finished, params, response, error, files, work = row
+    id, owner, route, status, created, finished, params, response, error, files, work, resumed = row
     return Entry(
         id=id,
         owner=owner,
@@ -302,4 +318,5 @@ def entry(row: tuple[Any, ...]) -> Entry:
         error=error and json.loads(error),
         files=json.loads(files),
         work=work,
+        resumed=resumed,
     )

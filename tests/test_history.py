@@ -1,8 +1,9 @@
-"""The history without a server: a disk that goes bad while it is in use."""
+"""The history without a server: a disk that goes bad while it is in use, and what an earlier flux-local wrote."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 from pathlib import Path
@@ -28,6 +29,26 @@ def test_a_file_that_is_damaged_while_in_use_is_told_as_what_it_is(tmp_path: Pat
             with pytest.raises(StorageFull) as caught:
                 await use
             assert isinstance(caught.value.__cause__, sqlite3.DatabaseError)
+        history.close()
+
+    asyncio.run(run())
+
+
+def test_a_history_of_before_is_read_and_counts_who_takes_up_its_promises(tmp_path: Path) -> None:
+    async def run() -> None:
+        history = History(tmp_path, 1000)
+        for id in ("a", "b"):
+            await history.add(id, "", "generations", {}, b"work")
+        history.close()
+        with contextlib.closing(sqlite3.connect(tmp_path / "history.sqlite3")) as tables:
+            tables.executescript("ALTER TABLE requests DROP COLUMN resumed; PRAGMA user_version = 1;")
+        history = History(tmp_path, 1000)
+        assert [entry.resumed for entry in await history.unfinished()] == [0, 0]
+        for _ in range(2):
+            await history.take_up("a")
+        assert [entry.resumed for entry in await history.unfinished()] == [2, 0]
+        await history.put_down()
+        assert [entry.resumed for entry in await history.unfinished()] == [0, 0]
         history.close()
 
     asyncio.run(run())

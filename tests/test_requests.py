@@ -239,9 +239,9 @@ def test_accepted_work_outlives_a_kill(tmp_path: Path) -> None:
 
 
 def test_what_a_client_gave_it_is_all_the_time_that_a_promise_has_later_too(tmp_path: Path) -> None:
-    slow, body = {"FLUX_LOCAL_FAULTS": "slow seconds=0.1"}, {**BODY, "steps": 100}
+    slow, body = {"FLUX_LOCAL_FAULTS": "slow seconds=0.5"}, {**BODY, "steps": 20}
     with running(tmp_path, **slow) as server:
-        location = server.post(body, headers={**ASYNC, "x-request-timeout": "2"}).headers["location"]
+        location = server.post(body, headers={**ASYNC, "x-request-timeout": "3"}).headers["location"]
         server.process.kill()
         server.process.wait()
     with running(tmp_path, **slow) as server:
@@ -263,6 +263,29 @@ def test_accepted_work_outlives_a_start_that_fails(tmp_path: Path, promises: int
         for location in locations:
             here = server.url + httpx.URL(location).path
             eventually(lambda here=here: status(here) == "succeeded")
+
+
+@pytest.mark.slow
+def test_a_promise_that_ends_server_after_server_is_given_up(tmp_path: Path) -> None:
+    """And the one beside it, which was in hand each time, is kept."""
+    faults = {"FLUX_LOCAL_FAULTS": "crash prompt=boom step=1; slow prompt=heart seconds=0.2"}
+
+    def told() -> list[str]:
+        with contextlib.closing(sqlite3.connect(tmp_path / "data" / "history.sqlite3")) as history:
+            return [status for (status,) in history.execute("SELECT status FROM requests ORDER BY created")]
+
+    with running(tmp_path, "--engine-falls", "1", **faults) as server:
+        for body in ({**BODY, "prompt": "boom"}, {**BODY, "steps": 30}):
+            assert server.post(body, headers=ASYNC).status_code == 202
+        assert server.process.wait(60) == 70
+    ends = 1
+    while told() != ["failed", "succeeded"]:
+        with started(tmp_path, "--engine-falls", "1", **faults) as server:
+            process = server.process
+            eventually(lambda process=process: process.poll() is not None or told() == ["failed", "succeeded"], 60)
+            ends += process.poll() is not None
+        assert ends < 10
+    assert ends == 4
 
 
 @pytest.mark.slow

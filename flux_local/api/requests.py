@@ -19,11 +19,15 @@ from PIL import Image
 
 from flux_local.api.answers import error_body
 from flux_local.api.work import OnEvent, OnPicture, Services, Work
-from flux_local.errors import Cancelled, Draining, FluxError, InternalError, NotFound, StorageFull
+from flux_local.errors import Cancelled, Draining, FluxError, InternalError, NotFound, RequestCrashes, StorageFull
 from flux_local.history import FINAL, Entry, Status
 from flux_local.messages import Partial, Step
 from flux_local.params import GenerationParams
 from flux_local.plan import Source
+
+ALONE, GIVEN_UP = 2, 3
+"""Processes that ended, not in order, after they had taken up a promise: after so many it is taken up when nothing else
+is, and after so many given up."""
 
 log = logging.getLogger("flux_local.api")
 
@@ -77,6 +81,8 @@ class Requests:
         """Work whose client waits for the answer."""
         self.unwritten: dict[str, Ending] = {}
         """How requests ended that the disk had no room for."""
+        self.in_turn: asyncio.Task[None] | None = None
+        """Takes up, one by one, what may have ended the processes before."""
         services.metrics.unwritten.set_function(lambda: len(self.unwritten))
 
     async def begin(
@@ -140,26 +146,44 @@ class Requests:
         for entry in unfinished:
             if entry.work is None:
                 await self._lost(entry, InternalError("The server was stopped while it worked on this. Send it again."))
-        return [entry for entry in unfinished if entry.work is not None]
+            elif entry.resumed >= GIVEN_UP:
+                await self._lost(entry, RequestCrashes())
+        return [entry for entry in unfinished if entry.work is not None and entry.resumed < GIVEN_UP]
 
     async def resume(self, promised: list[Entry]) -> None:
         """Takes up what an earlier process was told to do, less what was cancelled since."""
         for entry in promised:
-            with contextlib.suppress(StorageFull):  # if it cannot be told, it is done
-                try:
-                    await self.services.history.get(entry.id, entry.owner)
-                except NotFound:
-                    continue
+            if entry.resumed < ALONE:
+                await self._take_up(entry)
+        if suspects := [entry for entry in promised if entry.resumed >= ALONE]:
+            self.in_turn = asyncio.create_task(self._one_by_one(suspects))
+
+    async def _one_by_one(self, suspects: list[Entry]) -> None:
+        """Takes them up in turn, so that the one which ends the process is the only one that is counted."""
+        for entry in suspects:
+            while others := [live.task for live in self.live.values()]:
+                await asyncio.wait(others)
+            if (task := await self._take_up(entry)) is not None:
+                await asyncio.wait([task])
+
+    async def _take_up(self, entry: Entry) -> asyncio.Task[dict[str, Any]] | None:
+        """Begins what was promised, unless it was cancelled or cannot be done any more."""
+        with contextlib.suppress(StorageFull):  # if it cannot be told, it is done
             try:
-                work = unpacked(entry, self.services)
-            except FluxError as error:  # an adapter or the model has gone meanwhile
-                await self._lost(entry, error)
-                continue
-            except (msgspec.MsgspecError, ValueError):
-                log.exception("request %s was accepted by another version and cannot be read", entry.id)
-                await self._lost(entry, InternalError("The server was changed before it came to this. Send it again."))
-                continue
-            self._tracking(work, entry.route, whole=True)
+                await self.services.history.get(entry.id, entry.owner)
+            except NotFound:
+                return None
+            await self.services.history.take_up(entry.id)
+        try:
+            work = unpacked(entry, self.services)
+        except FluxError as error:  # an adapter or the model has gone meanwhile
+            await self._lost(entry, error)
+            return None
+        except (msgspec.MsgspecError, ValueError):
+            log.exception("request %s was accepted by another version and cannot be read", entry.id)
+            await self._lost(entry, InternalError("The server was changed before it came to this. Send it again."))
+            return None
+        return self._tracking(work, entry.route, whole=True)
 
     async def _lost(self, entry: Entry, error: FluxError) -> None:
         await self._finish(entry.id, "failed", error=error_body(error))
@@ -168,9 +192,13 @@ class Requests:
         """Leaves accepted work for the next process."""
         self.stopping = True
         tasks = [live.task for live in self.live.values()]
-        for task in tasks:
+        for task in (*tasks, *([self.in_turn] if self.in_turn else ())):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        dispatcher = self.services.dispatcher
+        if dispatcher.started and not dispatcher.dead.done():
+            with contextlib.suppress(StorageFull):
+                await self.services.history.put_down()
 
     def awaited(self) -> bool:
         """Whether a client waits for an answer."""
