@@ -30,30 +30,30 @@ from tests.servers import ROOT
 def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     folder, work = tmp_path / "model", tmp_path / "work"
     command = [sys.executable, ROOT / "scripts" / "train_mini.py", "--out", folder, "--work", work,
-               "--world", "first"]  # fmt: skip
+               "--world", "first", "--batch", "8", "--eager"]  # fmt: skip
 
     def run(*flags: str) -> str:
         done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run("--scale", "0.001", "--eager")
+    run("--scale", "0.001")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     first, vocabulary = weights.read_bytes(), tokenizer.read_bytes()
     assert (work / "losses.png").stat().st_size > 1000
     assert len(list(work.glob("samples-*.png"))) == len(list(work.glob("practice-*.png"))) == 1
     weights.unlink()
-    run("--scale", "0.001", "--eager")
+    run("--scale", "0.001")
     assert weights.read_bytes() == first, "a run that has ended must not train on"
     assert tokenizer.read_bytes() == vocabulary, "another process gives the words the same numbers"
     begun, text = tmp_path / "begun", Path("text_encoder_2") / "model.safetensors"
     warm = ["--begin", str(folder), "--known", "--out", str(begun), "--work", str(tmp_path / "warm")]
-    run(*warm, "--scale", "0.001", "--eager")
+    run(*warm, "--scale", "0.001")
     assert (begun / text).read_bytes() == (folder / text).read_bytes()
     assert (begun / weights.relative_to(folder)).read_bytes() != first
     practised = begun.parent / "practised"
-    run(*warm[:2], "--only-practice", "--out", str(practised), "--seed", "5", "--eager",
+    run(*warm[:2], "--only-practice", "--out", str(practised), "--seed", "5",
         "--work", str(tmp_path / "practice"), "--scale", "0.0002", "--batch", "40", "--workers", "2")  # fmt: skip
     assert (practised / text).read_bytes() == (folder / text).read_bytes()
     assert "_name_or_path" not in (practised / "vae" / "config.json").read_text()
@@ -63,8 +63,7 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     for kept in (begun, practised):
         assert (kept / decoder).read_bytes() == (folder / decoder).read_bytes()
     wider = begun.parent / "wider"
-    run(*warm[:2], "--world", "whole", "--out", str(wider), "--work", str(tmp_path / "wider work"), "--eager",
-        "--scale", "0.0002")  # fmt: skip
+    run(*warm[:2], "--world", "whole", "--out", str(wider), "--work", str(tmp_path / "wider work"), "--scale", "0.0002")
     for part in (text, decoder, weights.relative_to(folder)):
         assert (wider / part).read_bytes() != (folder / part).read_bytes(), "a larger world is new to all parts"
     output = run("--evaluate", "--brief", "--count", "6", "--canvases", "128x128", "--steps", "2")
