@@ -195,7 +195,7 @@ def test_a_request_that_crashes_engines_takes_no_other_with_it(tmp_path: Path) -
         engine = server.engine().pid
         again = server.post(boom)
         assert again.status_code == 500
-        assert "twice" in again.json()["error"]["message"]
+        assert "this very request" in again.json()["error"]["message"]
         assert server.engine().pid == engine, "it is refused without costing another engine"
 
 
