@@ -250,10 +250,11 @@ class History:
         )
         return [entry(r) for r in rows]
 
-    async def take_up(self, id: str) -> None:
-        """Counts that a process takes up what another one promised; on the disk before it does."""
-        await self._run(
-            lambda c: c.execute("UPDATE requests SET resumed = resumed + 1 WHERE id = ?", (id,)), flushed=True
+    async def take_up(self, id: str) -> bool:
+        """Counts that a process takes up what another one promised; on the disk before it does. False if it is gone."""
+        return await self._run(
+            lambda c: c.execute("UPDATE requests SET resumed = resumed + 1 WHERE id = ?", (id,)).rowcount == 1,
+            flushed=True,
         )
 
     async def put_down(self) -> None:

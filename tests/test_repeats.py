@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_local.api.repeats import Repeats
-from flux_local.errors import TryLater
+from flux_local.errors import DeadlineExceeded, TryLater
 from flux_local.history import History
 from tests.servers import Server, eventually, leaving_after, running
 
@@ -97,6 +97,15 @@ def test_a_repeat_that_takes_over_has_what_is_left_of_its_time(tmp_path: Path) -
         await asyncio.gather(first, repeats.once(request, "", "generations", "f", 10, works), return_exceptions=True)
         assert isinstance(first.exception(), TryLater)
         assert 8 < left[0] < 9.8
+
+        async def comes_too_late(seconds: float) -> Response:
+            raise DeadlineExceeded("x")
+
+        first = asyncio.ensure_future(repeats.once(request, "", "generations", "f", 60, fails))
+        second = repeats.once(request, "", "generations", "f", 10, comes_too_late)
+        with pytest.raises(TryLater, match="Send it again"):
+            await asyncio.gather(asyncio.wait([first]), second)
+        assert isinstance(first.exception(), TryLater)
         history.close()
 
     asyncio.run(run())

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_local.errors import IdempotencyKeyReused, InvalidValue, StorageFull, TryLater
+from flux_local.errors import DeadlineExceeded, IdempotencyKeyReused, InvalidValue, StorageFull, TryLater
 from flux_local.history import History, Reply
 from flux_local.plan import Source
 
@@ -57,11 +57,11 @@ class Repeats:
         key = key_of(request)
         if key is None:
             return await make(seconds)
-        place = (owner, route, key)
-        until = time.monotonic() + seconds
+        place, began, waited = (owner, route, key), time.monotonic(), False
         while (running := self.running.get(place)) is not None:
             same(running[0], fingerprint)
-            if not (await asyncio.wait([running[1]], timeout=max(0.0, until - time.monotonic())))[0]:
+            waited = True
+            if not (await asyncio.wait([running[1]], timeout=max(0.0, began + seconds - time.monotonic())))[0]:
                 raise TryLater("The request that has this 'Idempotency-Key' is not done yet. Ask again later.")
         ended = asyncio.get_running_loop().create_future()
         self.running[place] = (fingerprint, ended)
@@ -69,7 +69,7 @@ class Repeats:
             if (stored := await self.history.reply(*place)) is not None:
                 same(stored.fingerprint, fingerprint)
                 return Response(stored.body, stored.status, {**stored.headers, "idempotent-replayed": "true"})
-            answer = await make(max(0.0, until - time.monotonic()))
+            answer = await made_late(make, began + seconds - time.monotonic()) if waited else await make(seconds)
             if answer.status_code in (200, 202):
                 headers = {name: value for name, value in answer.headers.items() if name not in OWN_HEADERS}
                 id = request.scope["request_id"]
@@ -80,6 +80,20 @@ class Repeats:
         finally:
             del self.running[place]
             ended.set_result(None)
+
+
+async def made_late(make: Callable[[float], Awaitable[Response]], seconds: float) -> Response:
+    """What `make` answers in the time that waiting has left. Where that is too little, it was not the request's fault.
+
+    Raises:
+        TryLater: it was too little.
+    """
+    try:
+        return await make(max(0.0, seconds))
+    except DeadlineExceeded as error:
+        raise TryLater(
+            "The request that had this 'Idempotency-Key' came to nothing, too late for this one. Send it again."
+        ) from error
 
 
 def key_of(request: Request) -> str | None:

@@ -19,15 +19,15 @@ from PIL import Image
 
 from flux_local.api.answers import error_body
 from flux_local.api.work import OnEvent, OnPicture, Services, Work
-from flux_local.errors import Cancelled, Draining, FluxError, InternalError, NotFound, RequestCrashes, StorageFull
+from flux_local.errors import Cancelled, Draining, FluxError, InternalError, RequestCrashes, StorageFull
 from flux_local.history import FINAL, Entry, Status
 from flux_local.messages import Partial, Step
 from flux_local.params import GenerationParams
 from flux_local.plan import Source
 
 ALONE, GIVEN_UP = 2, 3
-"""Processes that ended, not in order, after they had taken up a promise: after so many it is taken up when nothing else
-is, and after so many given up."""
+"""Processes that ended, not in order, after they had taken up a promise: after so many it is taken up when no other
+promise is at work, and after so many given up."""
 
 log = logging.getLogger("flux_local.api")
 
@@ -152,28 +152,23 @@ class Requests:
 
     async def resume(self, promised: list[Entry]) -> None:
         """Takes up what an earlier process was told to do, less what was cancelled since."""
-        for entry in promised:
-            if entry.resumed < ALONE:
-                await self._take_up(entry)
+        taken = [await self._take_up(entry) for entry in promised if entry.resumed < ALONE]
         if suspects := [entry for entry in promised if entry.resumed >= ALONE]:
-            self.in_turn = asyncio.create_task(self._one_by_one(suspects))
+            self.in_turn = asyncio.create_task(self._one_by_one(suspects, [task for task in taken if task is not None]))
 
-    async def _one_by_one(self, suspects: list[Entry]) -> None:
-        """Takes them up in turn, so that the one which ends the process is the only one that is counted."""
+    async def _one_by_one(self, suspects: list[Entry], others: list[asyncio.Task[dict[str, Any]]]) -> None:
+        """Takes them up in turn, after the others, so that the one that ends the process is the one that is counted."""
+        if others:
+            await asyncio.wait(others)
         for entry in suspects:
-            while others := [live.task for live in self.live.values()]:
-                await asyncio.wait(others)
             if (task := await self._take_up(entry)) is not None:
                 await asyncio.wait([task])
 
     async def _take_up(self, entry: Entry) -> asyncio.Task[dict[str, Any]] | None:
         """Begins what was promised, unless it was cancelled or cannot be done any more."""
         with contextlib.suppress(StorageFull):  # if it cannot be told, it is done
-            try:
-                await self.services.history.get(entry.id, entry.owner)
-            except NotFound:
+            if not await self.services.history.take_up(entry.id):
                 return None
-            await self.services.history.take_up(entry.id)
         try:
             work = unpacked(entry, self.services)
         except FluxError as error:  # an adapter or the model has gone meanwhile

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from flux_local.errors import WeightsError
+from flux_local.model import memory
 
 log = logging.getLogger("flux_local.safety")
 
@@ -81,18 +82,22 @@ class SafetyChecker:
     Looks at one of its own first, so that libraries have made what they need before there is anything else.
 
     Raises:
-        WeightsError: it fails on that.
+        WeightsError: it fails on that; but want of memory, and a device that is lost, as they are.
     """
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
         self.waiting = 0
         """Pictures without a verdict yet."""
+        self.error: Exception | None = None
+        """What the classifier failed with last."""
         self._in: queue.SimpleQueue[tuple[Key, np.ndarray]] = queue.SimpleQueue()
         self._out: queue.SimpleQueue[tuple[Key, bool | None]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="safety", daemon=True).start()
         self.submit(("", None), bytes(64 * 64 * 3), 64, 64)
         if not [key for key, flagged in self.verdicts(WARM_UP) if flagged is not None]:
+            if self.error is not None and (memory.is_exhausted(self.error) or memory.is_fatal(self.error)):
+                raise self.error
             raise WeightsError(
                 "The safety checker fails on a picture; the log says how. Choose another with --safety-model, or set "
                 "--safety-checker off."
@@ -131,7 +136,8 @@ class SafetyChecker:
         """All at once, or where that fails, for want of memory say, one by one."""
         try:
             return self.classifier.flagged(pictures)
-        except Exception:  # the thread's boundary
+        except Exception as error:  # the thread's boundary
+            self.error = error
             if len(pictures) > 1:
                 return [verdict for picture in pictures for verdict in self._look([picture])]
             log.exception("the safety checker failed on a picture, which is not given out")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_local.model import flash3, memory
+from flux_local.model import flash3
 from flux_local.model.fp8_attention import LIBRARIES, scales
 from flux_local.model.ops import (
     E4M3,
@@ -166,8 +166,6 @@ def check(name: str, kernel: Any, sizes: Sizes, device: str, dtype: torch.dtype)
         expected = run(getattr(Ops(), name), sizes, Data(device, dtype, torch.float32))
         found = run(kernel, sizes, Data(device, dtype, dtype))
     except Exception as error:  # whatever a compiler or a driver raises
-        if memory.is_exhausted(error):  # says nothing of the kernel, and other kernels would give other bits
-            raise
         return Finding(name, False, None, f"{type(error).__name__}: {error}"[:200])
     distance = float((found.double() - expected.double()).norm() / expected.double().norm())
     limit = TOLERANCE[dtype]
