@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tests.servers import MODEL, Server, eventually, pictures, running, started
 
 ASYNC = {"prefer": "respond-async"}
+SHAPES = {"A": (1, 64), "B": (192, 1)}
 BODY: dict[str, Any] = {"prompt": "a small green heart on white", "size": "128x128", "steps": 3, "seed": 8}
 
 
@@ -126,7 +127,7 @@ def test_what_is_deleted_while_the_model_loads_is_not_drawn(tmp_path: Path) -> N
 def test_a_promise_whose_adapter_has_gone_ends(tmp_path: Path) -> None:
     adapters = tmp_path / "adapters"
     adapters.mkdir()
-    save_file({"x_embedder.lora_A.weight": torch.zeros(1, 64), "x_embedder.lora_B.weight": torch.zeros(192, 1)},
+    save_file({f"transformer.x_embedder.lora_{half}.weight": torch.zeros(shape) for half, shape in SHAPES.items()},
               adapters / "night.safetensors")  # fmt: skip
     with running(tmp_path, "--loras-dir", str(adapters), FLUX_LOCAL_FAULTS="slow seconds=1") as server:
         promised = server.post({**BODY, "loras": [{"path": "night"}]}, headers=ASYNC)
