@@ -170,6 +170,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    wait_asleep()
     channel = EngineChannel(socket.socket(fileno=options.fd))
     try:
         serve(channel, Pulse(options.pulse), options)
@@ -178,6 +179,17 @@ def main() -> int:
     except StartError as error:
         return error.exit_code
     return 0
+
+
+def wait_asleep() -> None:
+    """Has threads that wait for each other, in torch on a CPU, sleep soon instead of keeping their core for
+    milliseconds: where anything else wants one too, whoever all wait for is then not kept from it.
+
+    GNU OpenMP's own value for more threads than cores. To be called before torch is imported. What the environment
+    says of it counts.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def end_with_parent() -> None:
