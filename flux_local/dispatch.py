@@ -21,7 +21,6 @@ from flux_local.errors import (
     DeadlineExceeded,
     Draining,
     EngineDead,
-    EngineRestarting,
     InternalError,
     NotReady,
     RateLimited,
@@ -143,12 +142,12 @@ class Dispatcher:
         return readies[0]
 
     async def stop(self) -> None:
-        """Ends the engines; what is still pending ends with `EngineRestarting`."""
+        """Ends the engines; what is still pending ends with `Draining`."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
         for pending in list(self.pending.values()):
-            self._settle(pending, EngineRestarting("The server is stopping. Send the request again.", retry_after=5))
+            self._settle(pending, Draining("The server is stopping. Send the request again.", retry_after=5))
 
     async def draw(self, job: Job, on_event: OnEvent | None = None) -> Done:
         """Draws one picture of an admitted request; cancelling the caller cancels the job.
@@ -158,7 +157,7 @@ class Dispatcher:
             on_event: called with each reported step and each partial picture. Starts over if an engine fell.
 
         Raises:
-            RequestCrashes: see there. EngineRestarting: the server stops.
+            RequestCrashes: see there. Draining: the server stops.
             GenerationInvalid, InternalError, DeadlineExceeded: the picture failed.
         """
         self._check_refused(job)

@@ -137,7 +137,7 @@ class Engine:
         if now <= self.next_deadline:
             return
         for drawing in [w for w in self.drawings.values() if w.job.deadline is not None and now > w.job.deadline]:
-            self.end_with(drawing, DeadlineExceeded("The time for this request has passed."))
+            self.end_with(drawing, DeadlineExceeded("The time for it passed first. Give it more, or ask for less."))
         deadlines = [drawing.job.deadline for drawing in self.drawings.values()]
         self.next_deadline = min((d for d in deadlines if d is not None), default=math.inf)
 
@@ -371,7 +371,7 @@ class Engine:
     def redraw_or_give_up(self, drawing: Drawing) -> None:
         """A picture that is not finite is drawn once more, alone and by plain operations, before it is given up."""
         if drawing.careful:
-            self.end_with(drawing, GenerationInvalid("The model produced no valid picture for this request."))
+            self.end_with(drawing, GenerationInvalid("The model drew nothing valid here. Try another seed."))
             return
         log.warning("a picture was not finite; drawing it again")
         drawing.careful, drawing.picture = True, None

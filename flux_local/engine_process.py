@@ -108,7 +108,7 @@ def serve(channel: EngineChannel, pulse: Pulse, options: argparse.Namespace) -> 
         pipeline = load(
             checkpoint, device, options.precisions, options.reference, options.memory,
             info.canvas.max_area, options.cache, options.fp8_attention,
-            memory.sharing(device, options.beside.split(",")),
+            memory.sharing(device, options.beside.split(",")), info.text_length,
         )  # fmt: skip
         loaded = time.monotonic()
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from flux_local.parameters import BY_NAME, Kind
 
+NUMBER = r"-?([0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})([eE][-+]?[0-9]{1,2})?"
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -29,9 +30,11 @@ def from_form(fields: Mapping[str, str]) -> dict[str, Any]:
 
 def form_value(kind: Kind, text: str) -> Any:
     match kind:
-        case "integer" if re.fullmatch(r"-?[0-9]{1,20}(\.0{1,20})?", text):
-            return int(text.partition(".")[0])
-        case "number" if re.fullmatch(r"-?([0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})([eE][-+]?[0-9]{1,2})?", text):
+        case "integer" if re.fullmatch(r"-?[0-9]{1,20}", text):
+            return int(text)
+        case "integer" if re.fullmatch(NUMBER, text) and float(text).is_integer():
+            return int(float(text))
+        case "number" if re.fullmatch(NUMBER, text):
             return float(text)
         case "boolean" if text.lower() in YES:
             return True
@@ -39,5 +42,7 @@ def form_value(kind: Kind, text: str) -> Any:
             return False
         case "list":
             with contextlib.suppress(ValueError, RecursionError):
-                return json.loads(text)
+                found = json.loads(text)
+                json.dumps(found, ensure_ascii=False).encode()  # half of a character, which no file is named by
+                return found
     return text

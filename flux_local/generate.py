@@ -24,7 +24,8 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
         given: a request's parameters by name, as text.
 
     Raises:
-        What `plan_of` and loading raise. SettingsError: the file cannot be written. StartError: the device has no room
+        What `plan_of` and loading raise. SettingsError: the file cannot be written, or what is drawn is to be checked,
+            which is done by servers alone. StartError: the device has no room
             for the picture. GenerationInvalid: it has values that are no numbers.
     """
     folder = weights.find(settings.model)
@@ -32,6 +33,11 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
     model = weights.info(folder)
     if not output.parent.is_dir():
         raise SettingsError(f"There is no folder {output.parent}. Make it, or give another place with --output.")
+    if settings.safety_checker == "on":
+        raise SettingsError(
+            "The safety checker is to be on, and `generate` has none. Draw through `flux-local serve`, or set "
+            "FLUX_LOCAL_SAFETY_CHECKER to off for this command."
+        )
     plan = plan_of(given, prompt, output, model, settings)
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,6 +54,7 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
         pipeline = load(
             weights.identify(folder), pick_device(settings.one_device()), settings.precisions, settings.reference,
             settings.tier(), model.canvas.max_area, settings.cache_folder(), settings.fp8_attention,
+            text_length=model.text_length,
         )  # fmt: skip
         bar.remove_task(loading)
         if "go_fast" not in given:

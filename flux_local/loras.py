@@ -12,8 +12,8 @@ from flux_local.model.headers import safetensors_header
 SUFFIX = ".safetensors"
 NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,150}")
 """A file's, without its suffix: no path, and nothing hidden."""
-LISTED = 400
-"""Characters of names at most in an error's message."""
+LISTED = 500
+"""Bytes of names at most in an error's message."""
 
 
 def find(folder: Path, chosen: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float, int], ...]:
@@ -44,7 +44,10 @@ def located(folder: Path, name: str, scale: float) -> tuple[str, float, int]:
     except (WeightsError, OSError):
         whole = False
     if not whole:
-        raise InvalidValue("An adapter cannot be used: its file is no whole safetensors file.", param="loras")
+        raise InvalidValue(
+            "An adapter cannot be used: its file is no whole safetensors file. Leave it out.",
+            param="loras",
+        )
     return str(path.resolve()), scale, found.st_mtime_ns
 
 
@@ -54,4 +57,6 @@ def known(folder: Path) -> str:
     if not names:
         return "Its folder of adapters is empty."
     shown = ", ".join(names)
-    return f"It has: {shown if len(shown) <= LISTED else shown[:LISTED].rpartition(', ')[0] + ' …'}"
+    while len(shown.encode(errors="replace")) > LISTED:
+        shown = shown.rpartition(", ")[0]
+    return f"It has: {shown or names[0][:50]}{'' if shown == ', '.join(names) else ' …'}"

@@ -23,10 +23,10 @@ from flux_local.model.vae import Autoencoder
 from tests.servers import ROOT, environment
 
 
-def flux(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def flux(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "flux_local", *arguments], capture_output=True, text=True, cwd=cwd,
-        env=environment(PYTHONPATH=str(ROOT)), timeout=120,
+        env=environment(PYTHONPATH=str(ROOT), **variables), timeout=120,
     )  # fmt: skip
 
 
@@ -151,6 +151,13 @@ def test_mistakes_have_a_sentence_and_a_code(arguments: tuple[str, ...], code: i
     assert done.stderr.strip()
     assert "Traceback" not in done.stderr
     assert "sk-secret'" not in done.stderr
+
+
+def test_generate_draws_nothing_unchecked_where_all_is_to_be_checked(tmp_path: Path) -> None:
+    done = flux("generate", "x", cwd=tmp_path, FLUX_LOCAL_SAFETY_CHECKER="on")
+    assert done.returncode == 2
+    assert "flux-local serve" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_bench_measures_a_server_that_runs(server: object) -> None:

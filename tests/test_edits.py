@@ -172,6 +172,15 @@ def test_a_mask_keeps_pixels_exactly(server: Server, drawing: Image.Image, mask:
     assert (np.asarray(picture)[~kept] != np.asarray(source)[~kept]).any()
 
 
+def test_a_mask_repaints_what_is_more_transparent_than_not(server: Server, drawing: Image.Image) -> None:
+    halves = Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 128))
+    halves.paste((0, 0, 0, 127), (0, 0, SIDE // 2, SIDE))
+    picture = picture_of(edited(server, saved(drawing), {"mask": saved(halves)}, strength="1"))
+    changed = (np.asarray(picture) != np.asarray(drawing)).any(axis=2)
+    assert changed[:, : SIDE // 2].any()
+    assert not changed[:, SIDE // 2 :].any()
+
+
 def test_what_is_masked_is_repainted_to_fit(server: Server, drawing: Image.Image) -> None:
     """The circle is masked away with room around it: the rest of the page must stay the page's colour."""
     hole = Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 255))
@@ -385,7 +394,9 @@ class TestRefusals:
 
     def test_what_no_number_can_be(self, server: Server, drawing: Image.Image) -> None:
         huge = '[{"path": "a", "scale": ' + "9" * 400 + "}]"
-        self.check(edited(server, saved(drawing), loras=huge), "invalid_value", "loras")
+        half = '[{"path": "\\ud800"}]'
+        for loras in (huge, half):
+            self.check(edited(server, saved(drawing), loras=loras), "invalid_value", "loras")
 
     def test_one_image_exactly(self, server: Server, drawing: Image.Image) -> None:
         two = [("image[]", ("a.png", saved(drawing))), ("image[]", ("b.png", saved(drawing)))]

@@ -147,7 +147,8 @@ class Fallen:
             eventually(lambda: running_now(self.server))
             engine.send_signal(number)
             eventually(lambda: "starting another" in self.server.output[log:], detected)
-            assert httpx.get(self.server.url + "/ready").status_code == 503
+            ready = httpx.get(self.server.url + "/ready")
+            assert (ready.status_code, ready.json()["error"]["code"]) == (503, "engine_restarting")
             assert httpx.get(self.server.url + "/health").status_code == 200
 
         answers = all_at_once(self.server, self.bodies, strike)

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from PIL import Image
 
 from flux_local.api import bodies
 from flux_local.errors import RequestTooLarge, TryLater
-from tests.servers import ROOT, Server, eventually, leaving_after, pictures, running
+from tests.servers import MODEL, ROOT, Server, eventually, leaving_after, pictures, running
 
 PROMPT = "a large red star on a blue background"
 GENERATIONS = "/v1/images/generations"
@@ -142,6 +143,15 @@ def test_output_formats(server: Server, name: str) -> None:
     assert opened(file.content).format == real.upper()
 
 
+@pytest.mark.parametrize("name", ["jpeg", "webp", "avif"])
+@pytest.mark.parametrize("parameter", ["output_quality", "output_compression"])
+def test_a_lower_quality_is_a_smaller_file(server: Server, name: str, parameter: str) -> None:
+    body = {"prompt": PROMPT, "size": "192x192", "steps": 2, "seed": 1, "output_format": name,
+            "response_format": "b64_json"}  # fmt: skip
+    low, high = (len(server.post({**body, parameter: level}).json()["data"][0]["b64_json"]) for level in (10, 95))
+    assert low < 0.8 * high
+
+
 def test_a_png_carries_prompt_and_parameters_and_no_id(server: Server) -> None:
     body = {"prompt": PROMPT, "size": "128x128", "steps": 2, "seed": 3, "response_format": "b64_json"}
     first, second = (server.post(body).json() for _ in range(2))
@@ -215,6 +225,20 @@ def test_a_prompt_that_is_too_long_is_cut_and_says_so(server: Server) -> None:
     assert prompt.startswith(read)
     assert len(read) < len(prompt)
     assert "x-flux-prompt-truncated" not in server.post({"prompt": PROMPT, "size": "128x128", "steps": 1}).headers
+
+
+def test_a_model_s_folder_may_say_how_much_it_reads(tmp_path: Path) -> None:
+    """Less than the tokenizer's own limit; what a request may ask for ends there too."""
+    shutil.copytree(MODEL, model := tmp_path / "model")
+    info = model / "flux-local.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "text_length": 7}))
+    body = {"prompt": PROMPT, "size": "128x128", "steps": 1}
+    with running(tmp_path, "--model", str(model)) as server:
+        for more in ({}, {"max_sequence_length": 7}):
+            answer = server.post({**body, **more})
+            assert answer.headers["x-flux-prompt-truncated"] == "true"
+            assert answer.json()["usage"]["input_tokens"] == 7
+        assert server.post({**body, "max_sequence_length": 8}).status_code == 400
 
 
 def test_answers_have_no_nulls_and_whole_timings(server: Server) -> None:

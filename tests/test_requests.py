@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import random
 import socket
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,14 @@ def test_the_same_picture_as_a_plain_request(server: Server) -> None:
     assert httpx.get(location).json()["response"]["data"] == plain
 
 
-def test_edits_are_accepted_too(server: Server) -> None:
+def drawing() -> str:
     out = io.BytesIO()
     Image.new("RGB", (96, 80), "red").save(out, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-    answer = server.post({"prompt": "x", "image": url, "steps": 2}, "/v1/images/edits", headers=ASYNC)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def test_edits_are_accepted_too(server: Server) -> None:
+    answer = server.post({"prompt": "x", "image": drawing(), "steps": 2}, "/v1/images/edits", headers=ASYNC)
     assert answer.status_code == 202
     eventually(lambda: status(answer.headers["location"]) == "succeeded")
     assert httpx.get(answer.headers["location"]).json()["response"]["size"] == "96x80"
@@ -402,3 +407,29 @@ def test_a_client_may_give_the_server_less_time(tmp_path: Path, server: Server) 
     for wrong in ("soon", "0", "-1", "1e3", "nan"):
         answer = server.post(BODY, headers={"x-request-timeout": wrong})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "X-Request-Timeout")
+
+
+def test_the_time_counts_from_when_the_request_arrives(server: Server) -> None:
+    """A header that will not do is refused before the picture is sent, and sending one slowly takes of the time."""
+    body = json.dumps({**BODY, "image": drawing(), "steps": 1}).encode()
+
+    def sent(timeout: str) -> socket.socket:
+        host, port = server.url.removeprefix("http://").split(":")
+        client = socket.create_connection((host, int(port)), timeout=30)
+        head = f"POST /v1/images/edits HTTP/1.1\r\nhost: {host}\r\nx-request-timeout: {timeout}\r\n"
+        client.sendall(f"{head}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode())
+        return client
+
+    def answer(client: socket.socket) -> str:
+        found = b""
+        while not found.endswith(b"}}") and (more := client.recv(65536)):
+            found += more
+        return found.decode()
+
+    with sent("soon") as client:
+        assert '"param":"X-Request-Timeout"' in answer(client)
+    with sent("0.2") as client:
+        client.sendall(body[:-1])
+        time.sleep(0.3)
+        client.sendall(body[-1:])
+        assert '"code":"deadline_exceeded"' in answer(client)

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from flux_local.api import schema
 from flux_local.api.work import Services
-from flux_local.errors import Draining, ModelNotFound, NotReady
+from flux_local.errors import Draining, EngineRestarting, ModelNotFound, NotReady
 from flux_local.metrics import CONTENT_TYPE
 from flux_local.params import PUBLIC_NAME
 
@@ -60,9 +60,11 @@ def probes(services: Services) -> APIRouter:
         """Ready: a warm-up picture has been drawn and the engine is there."""
         state = services.dispatcher.ready
         if services.dispatcher.draining:
-            raise Draining("The server is stopping.", retry_after=5)
-        if state is None or not services.dispatcher.started:
-            raise NotReady("The model is loading, or its engine is being replaced.", retry_after=5)
+            raise Draining("The server is stopping. Use another one, or ask again once it is back.", retry_after=5)
+        if not services.dispatcher.started:
+            raise NotReady("The model is loading. Ask again soon.", retry_after=5)
+        if state is None:
+            raise EngineRestarting("The engine is being replaced. Requests are taken, and wait for it.", retry_after=5)
         return {
             "status": "ready",
             "model": services.model.name,

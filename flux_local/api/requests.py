@@ -270,13 +270,13 @@ class Requests:
                 raise Cancelled("The request was cancelled.") from None
             raise
         except FluxError as error:
-            if whole and self.services.dispatcher.dead.done():
+            if whole and (self.stopping or self.services.dispatcher.dead.done()):
                 raise  # the server ends; what was promised is left for the next
             await self._finish(work.id, "failed", error=error_body(error))
             raise
         except Exception:
             log.exception("request %s failed", work.id)
-            await self._finish(work.id, "failed", error=error_body(InternalError("The server failed.")))
+            await self._finish(work.id, "failed", error=error_body(InternalError(FAILED)))
             raise
         finally:
             self.live.pop(work.id, None)
@@ -338,6 +338,7 @@ class Requests:
 
 
 CANCELLED = Cancelled("The request was cancelled.")
+FAILED = "The server failed on this request. Send it again, or ask the server's operator: its log says how."
 
 
 def as_run(params: GenerationParams) -> dict[str, Any]:

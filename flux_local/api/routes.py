@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable
-from dataclasses import replace
+import time
 from functools import partial
 from typing import Any
 
@@ -31,7 +30,7 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
     in_json, with_files = (partial(body, model=services.model) for body in (schema.json_body, schema.image_body))
 
     def checked(raw: dict[str, Any], route: Route, image: Size | None = None) -> GenerationParams:
-        params = generation_params(
+        return generation_params(
             raw,
             services.model,
             route=route,
@@ -40,13 +39,11 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
             go_fast=services.settings.fast_by_default(services.dispatcher.precisions),
             max_pixels=services.settings.max_pixels,
         )
-        services.precision(params)
-        return params
 
     async def prepared(
         request: Request, route: Route, raw: dict[str, Any], source: Source | None = None
-    ) -> tuple[Work, str]:
-        """The work that a request is, and the fingerprint that a repeat of it has."""
+    ) -> tuple[GenerationParams, Source | None, str]:
+        """What is asked for, what of, and the fingerprint that a repeat of it has."""
         params = checked(raw, route, Size(*source.image.size) if source else None)
         for name in ("stream", "sync_mode"):
             if getattr(params, name) and HEADER in request.headers:
@@ -56,27 +53,32 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
             fingerprint = await asyncio.to_thread(fingerprint_of, raw, source, preferences(request))
         if source is not None:  # as large as it will be used: what waits is kept in memory
             source = await asyncio.to_thread(source.at, params.delivered)
-        return work_of(services, request, params, source), fingerprint
+        return params, source, fingerprint
 
-    async def once(request: Request, route: Route, work: Work, fingerprint: str) -> Response:
-        def make(seconds: float) -> Awaitable[Response]:
-            return answer(request, requests, route, replace(work, seconds=seconds))
+    async def once(
+        request: Request, route: Route, until: float, params: GenerationParams, source: Source | None, fingerprint: str
+    ) -> Response:
+        async def make(seconds: float) -> Response:
+            # What is loaded, and which adapters there are, is no matter to a repeat: its answer may be stored.
+            return await answer(request, requests, route, work_of(services, request, params, source, seconds))
 
-        return await repeats.once(request, work.owner, route, fingerprint, work.seconds, make)
+        seconds = max(0.0, until - time.monotonic())
+        return await repeats.once(request, owner_of(request), route, fingerprint, seconds, make)
 
     async def with_image(request: Request, route: Route) -> Response:
+        until = deadline_of(request, services.settings.request_timeout)
         if HEADER not in request.headers:  # what would be refused need not be sent, and decoded, first
             services.dispatcher.check_open(owner_of(request), pictures=1, token_steps=0)
         async with uploads.received(request, route) as upload, services.decoder.turn() as decode:
             ready = await prepared(request, route, upload.raw, await upload.decoded(decode))
-        return await once(request, route, *ready)
+        return await once(request, route, until, *ready)
 
     @routes.post("/images/generations", responses=schema.answers(), openapi_extra=in_json("generations"))
     async def generations(request: Request) -> Response:
         """Draw pictures from a prompt."""
-        return await once(
-            request, "generations", *await prepared(request, "generations", await bodies.json_object(request))
-        )
+        until = deadline_of(request, services.settings.request_timeout)
+        ready = await prepared(request, "generations", await bodies.json_object(request))
+        return await once(request, "generations", until, *ready)
 
     @routes.post("/images/edits", responses=schema.answers(), openapi_extra=with_files("edits"))
     async def edits(request: Request) -> Response:
@@ -91,14 +93,18 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
     return routes
 
 
-def work_of(services: Services, request: Request, params: GenerationParams, source: Source | None = None) -> Work:
+def work_of(
+    services: Services, request: Request, params: GenerationParams, source: Source | None, seconds: float
+) -> Work:
+    """Raises what `Services.precision` and `Services.plan` raise: something is not there now."""
+    services.precision(params)
     return Work(
         services,
         request.scope["request_id"],
         base_url(services.settings, request),
         services.plan(params, source),
         owner_of(request),
-        timeout_of(request, services.settings.request_timeout),
+        seconds,
     )
 
 
@@ -126,14 +132,15 @@ async def answer(request: Request, requests: Requests, route: Route, work: Work)
     return JSON(body, headers=work.headers(body))
 
 
-def timeout_of(request: Request, limit: float) -> float:
-    """The seconds that the client gives by `X-Request-Timeout`, and no more than the server's own limit."""
+def deadline_of(request: Request, limit: float) -> float:
+    """When the seconds from now have passed (on the monotonic clock) that the client gives by `X-Request-Timeout`, and
+    no more of them than the server's own limit."""
     text = request.headers.get("x-request-timeout")
     if text is None:
-        return limit
+        return time.monotonic() + limit
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
         raise InvalidValue("The header 'X-Request-Timeout' takes seconds, like 30 or 2.5.", param="X-Request-Timeout")
-    return min(float(text), limit)
+    return time.monotonic() + min(float(text), limit)
 
 
 async def while_connected(request: Request, task: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:

@@ -104,9 +104,9 @@ class Work:
             self.files.clear()
             if isinstance(error, TimeoutError):
                 limit = self.services.settings.request_timeout
-                more = "give more in 'X-Request-Timeout'" if self.seconds < limit else "try again when less is waiting"
                 raise DeadlineExceeded(
-                    f"The time for this request, {self.seconds:g} s, passed first. Ask for fewer steps, or {more}."
+                    "The time for this request passed first. Ask for fewer steps, try again when less is waiting, or "
+                    f"give it more in 'X-Request-Timeout' (at most {limit:g} s here)."
                 ) from None
             raise
 

@@ -186,6 +186,7 @@ def load(
     cache: Path | None = None,
     fp8_attention: bool = False,
     sharing: int = 1,
+    text_length: int | None = None,
 ) -> Pipeline:
     """Loads the model onto the device: fp32 on the CPU, bf16 on a GPU.
 
@@ -197,6 +198,7 @@ def load(
         cache: folder of prepared models; one is used where the transformer is wanted in fp8 alone.
         fp8_attention: attention too, where the blocks are in fp8.
         sharing: engines that share the host's memory.
+        text_length: T5 tokens that the model was trained with, where its tokenizer has more.
 
     Raises:
         WeightsError: a component is missing or cannot be read; the message names it. StartError: it does not fit, or
@@ -216,7 +218,7 @@ def load(
             not has_products(device), memory.host_room(sharing),
         )  # fmt: skip
         work = memory.step_work(geometry.width, largest)
-    text = prompt_encoder(checkpoint, device, dtype, plan)
+    text = prompt_encoder(checkpoint, device, dtype, plan, text_length)
     plain = reference or plan.tier == "offload"
     ops = Ops() if plain or device == "cpu" else operations(geometry, device, dtype, fp8_attention)
     with translated(checkpoint.path):

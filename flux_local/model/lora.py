@@ -269,4 +269,4 @@ def pairs(name: str, found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Te
 
 
 def refused(name: str, why: str) -> InvalidValue:
-    return InvalidValue(f"The adapter '{name}' cannot be used: {why}.", param="loras")
+    return InvalidValue(f"The adapter '{name}' cannot be used: {why}. Leave it out.", param="loras")

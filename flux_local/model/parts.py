@@ -35,8 +35,14 @@ NO_ROOM = (
 M = TypeVar("M", bound=torch.nn.Module)
 
 
-def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype, plan: Plan) -> PromptEncoder:
-    """Both text encoders where the plan has them: on the device, T5 there in fp8, or in host memory."""
+def prompt_encoder(
+    checkpoint: Checkpoint, device: str, dtype: torch.dtype, plan: Plan, text_length: int | None = None
+) -> PromptEncoder:
+    """Both text encoders where the plan has them: on the device, T5 there in fp8, or in host memory.
+
+    Args:
+        text_length: tokens at most for T5; its tokenizer's own limit holds too.
+    """
     in_host = plan.tier in ("swap", "offload")
 
     def encoder(make: Callable[[Mapping[str, Any]], M], component: Component, renamed: Callable[[str], str]) -> M:
@@ -57,6 +63,7 @@ def prompt_encoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype, plan
         words = clip_words(folder)
     with translated(folder := checkpoint.home / "tokenizer_2"):
         words_2 = t5_words(folder)
+        words_2.max_length = min(words_2.max_length, text_length or words_2.max_length)
     with translated(checkpoint.path):
         return PromptEncoder(words, words_2, clip, t5, device, hooked=in_host, packed=plan.tier == "fp8")
 
