@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flux_local.messages import Job
+from flux_local.messages import Done, Job
 
 if TYPE_CHECKING:
     from flux_local.model.denoiser import Picture
@@ -47,3 +48,21 @@ def begin_picture(pipeline: Pipeline, job: Job, encode: Encode) -> Picture:
         computed=job.computed,
         negative=None if job.negative_prompt is None else encode(job.negative_prompt, None, job.max_length),
     )  # fmt: skip
+
+
+def finished(drawing: Drawing, pixels: bytes, flagged: bool) -> Done:
+    """The account of a picture that has just been decoded."""
+    picture = drawing.picture
+    assert picture is not None
+    return Done(
+        id=drawing.job.id,
+        pixels=pixels,
+        text_tokens=picture.prompt.tokens,
+        prompt_read=picture.prompt.read,
+        queue_s=drawing.begun - drawing.encode_s - drawing.arrived,
+        encode_s=drawing.encode_s,
+        denoise_s=drawing.denoised - drawing.begun,
+        decode_s=time.monotonic() - drawing.denoised,
+        flagged=flagged,
+        cut=picture.prompt.cut or (picture.negative is not None and picture.negative.cut),
+    )

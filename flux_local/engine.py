@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from flux_local.drawing import Drawing, begin_picture
+from flux_local.drawing import Drawing, begin_picture, finished
 from flux_local.errors import (
     DeadlineExceeded,
     FluxError,
@@ -23,7 +23,7 @@ from flux_local.errors import (
     answer_for,
 )
 from flux_local.faults import Faults
-from flux_local.messages import Cancel, Done, EngineChannel, Failed, Job, Partial, Step
+from flux_local.messages import Cancel, EngineChannel, Failed, Job, Partial, Step
 from flux_local.pulse import Phase, Pulse
 from flux_local.scheduler import Entry, Scheduler
 from flux_local.steps import advances, partial_steps
@@ -378,22 +378,9 @@ class Engine:
         self.schedule(msgspec.structs.replace(drawing.job, alone=True), drawing.arrived)
 
     def deliver(self, drawing: Drawing, pixels: bytes, flagged: bool = False) -> None:
-        picture = drawing.picture
-        assert picture is not None
-        self.drop(drawing.job.id)
-        self.channel.send(
-            Done(
-                id=drawing.job.id,
-                pixels=pixels,
-                text_tokens=picture.prompt.tokens,
-                prompt_read=picture.prompt.read,
-                queue_s=drawing.begun - drawing.encode_s - drawing.arrived,
-                encode_s=drawing.encode_s,
-                denoise_s=drawing.denoised - drawing.begun,
-                decode_s=time.monotonic() - drawing.denoised,
-                flagged=flagged,
-            )
-        )
+        done = finished(drawing, pixels, flagged)
+        self.drop(done.id)
+        self.channel.send(done)
 
     def end_with(self, drawing: Drawing, error: FluxError) -> None:
         self.drop(drawing.job.id)

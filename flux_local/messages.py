@@ -124,6 +124,8 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     denoise_s: float
     decode_s: float
     flagged: bool = False
+    cut: bool = False
+    """A prompt was longer than its encoder reads."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

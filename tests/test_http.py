@@ -224,7 +224,13 @@ def test_a_prompt_that_is_too_long_is_cut_and_says_so(server: Server) -> None:
     read = answer.json()["data"][0]["revised_prompt"]
     assert prompt.startswith(read)
     assert len(read) < len(prompt)
-    assert "x-flux-prompt-truncated" not in server.post({"prompt": PROMPT, "size": "128x128", "steps": 1}).headers
+    body = {"size": "128x128", "steps": 1}
+    assert "x-flux-prompt-truncated" not in server.post({**body, "prompt": PROMPT}).headers
+    for more in (
+        {"prompt": prompt, "prompt_2": PROMPT}, {"prompt": PROMPT, "prompt_2": prompt},
+        {"prompt": PROMPT, "negative_prompt": prompt, "true_cfg_scale": 2},
+    ):  # fmt: skip
+        assert server.post({**body, **more}).headers["x-flux-prompt-truncated"] == "true", more
 
 
 def test_a_model_s_folder_may_say_how_much_it_reads(tmp_path: Path) -> None:

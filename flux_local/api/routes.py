@@ -122,14 +122,14 @@ async def answer(request: Request, requests: Requests, route: Route, work: Work)
         await requests.start(work, route)
         entry = await requests.services.history.get(work.id, owner_of(request))
         location = f"{work.base_url}/v1/images/requests/{work.id}"
-        headers = {"location": location, "preference-applied": "respond-async", **work.headers({"data": []})}
+        headers = {"location": location, "preference-applied": "respond-async", **work.headers()}
         return JSON(requests.view(entry), 202, headers)
     if work.params.stream:
         family = "image_generation" if route == "generations" else "image_edit"
         return await stream.response(requests, work, route, family)
     task = await requests.begin(work, route)
     body = await while_connected(request, task)
-    return JSON(body, headers=work.headers(body))
+    return JSON(body, headers=work.headers())
 
 
 def deadline_of(request: Request, limit: float) -> float:

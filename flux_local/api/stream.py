@@ -36,7 +36,7 @@ async def response(requests: Requests, work: Work, route: str, family: str) -> E
     """
     events = Events(work, family)
     task = await requests.begin(work, route, events.on_event, events.on_picture)
-    return EventStream(events, task, work.headers({"data": []}))
+    return EventStream(events, task, work.headers())
 
 
 class EventStream(StreamingResponse):

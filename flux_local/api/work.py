@@ -78,6 +78,8 @@ class Work:
     """After which nobody wants it any more."""
     files: list[str] = field(default_factory=list)
     """Names of what it has stored; gone again unless it succeeds."""
+    cut: set[int] = field(default_factory=set)
+    """Pictures whose prompts were longer than the text encoders read."""
 
     @property
     def params(self) -> GenerationParams:
@@ -127,8 +129,8 @@ class Work:
             raise ModerationBlocked("The safety checker left out every picture. Change the prompt.")
         return self._body(results, time.monotonic() - started)
 
-    def headers(self, body: dict[str, Any]) -> dict[str, str]:
-        """Of the answer with this body."""
+    def headers(self) -> dict[str, str]:
+        """Of the answer: what is known so far."""
         params = self.params
         precision = self.services.precision(params)
         headers = {
@@ -140,7 +142,7 @@ class Work:
             headers["x-flux-acceleration"] = params.computed_origin
         if ignored := listed(params.ignored):
             headers["x-flux-ignored-params"] = ignored
-        if any(item["revised_prompt"] != params.prompt_read for item in body["data"]):
+        if self.cut:
             headers["x-flux-prompt-truncated"] = "true"
         return headers
 
@@ -160,6 +162,8 @@ class Work:
             self.services.metrics.picture(
                 done, self.services.precision(self.params), self.params.acceleration, job.steps_computed
             )
+            if done.cut:
+                self.cut.add(index)
             if done.flagged:
                 return {}, done
             data = await asyncio.to_thread(self.plan.file, index, done.pixels)

@@ -27,6 +27,8 @@ class PromptEmbedding:
     """T5 tokens read, padding not counted."""
     read: str
     """The part of the prompt that T5 read: all of it, unless it was too long."""
+    cut: bool = False
+    """Whether a prompt was longer than the encoder that reads it in full: T5, or CLIP where T5 reads another one."""
 
     @property
     def nbytes(self) -> int:
@@ -74,9 +76,11 @@ class PromptEncoder:
         found = self.words_2(t5_prompt, length)
         read = self.states if length == self.max_length else self.shorter
         states = read(torch.tensor([found.ids], device=self.device))
-        pooled = self.pooled(torch.tensor([self.words(prompt).ids], device=self.device))
+        pieces = self.words(prompt)
+        pooled = self.pooled(torch.tensor([pieces.ids], device=self.device))
         whole = found.count < length or found.end >= len(t5_prompt.rstrip())
-        return PromptEmbedding(states, pooled, found.count, t5_prompt if whole else t5_prompt[: found.end])
+        cut = not whole or (prompt_2 is not None and pieces.end < len(prompt.rstrip()))
+        return PromptEmbedding(states, pooled, found.count, t5_prompt if whole else t5_prompt[: found.end], cut)
 
 
 Encode = Callable[[str, str | None, int | None], PromptEmbedding]
