@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--begin", type=Path, metavar="FOLDER", help="go on from a model folder's weights")
     p.add_argument("--known", action="store_true", help="its autoencoder and text encoders stay; only other canvases")
-    p.add_argument("--only-practice", action="store_true", help="the last stage alone")
+    p.add_argument("--only", choices=("practice", "outlines"), help="one of the last two stages alone")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
@@ -63,7 +63,7 @@ def train(options: argparse.Namespace) -> None:
 
     import torch
     from diffusers import AutoencoderKL
-    from mini import flow, guidance, practice, text, vae
+    from mini import flow, guidance, outlines, practice, text, vae
     from mini.drawings import WORLDS
     from mini.evaluate import sheet
     from mini.run import Run
@@ -80,23 +80,23 @@ def train(options: argparse.Namespace) -> None:
 
     device, world = torch.device(options.device), WORLDS[options.world]
     run = Run(options.work, options.seed, device, world, options.batch, options.workers)
-    if options.known or options.only_practice:
+    if options.known or options.only:
         autoencoder = AutoencoderKL.from_pretrained(options.begin / "vae", torch_dtype=torch.float32)
     else:
         autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)), options.begin)
     if options.export:
-        painter = flow.latest(
-            run, flow.kept(options.begin, run.seed) if options.only_practice else flow.Painter(run.seed)
-        )
+        painter = flow.latest(run, flow.kept(options.begin, run.seed) if options.only else flow.Painter(run.seed))
     else:
         how = {"scale": options.scale, "compiled": not options.eager}
-        if options.only_practice:
+        if options.only:
             painter = flow.kept(options.begin, run.seed)
         else:
             painter = flow.train(run, autoencoder, **how, look=look, begin=options.begin, known=options.known)
             painter = guidance.train(run, painter, autoencoder, **how)
-        painter = practice.train(run, painter, autoencoder, **how, look=partial(look, name="practice"))
-    if not options.only_practice:  # which leaves the text encoders as they are
+        for name, stage in (("practice", practice), ("outlines", outlines)):
+            if options.only in (None, name):
+                painter = stage.train(run, painter, autoencoder, **how, look=partial(look, name=name))
+    if not options.only:  # which leaves the text encoders as they are
         text.lend_words(
             run.world,
             run.seed,
@@ -210,8 +210,8 @@ def parameters(folder: Path) -> int:
 
 def main() -> None:
     options = parser().parse_args()
-    if (options.only_practice or options.known) and not options.begin:
-        parser().error("--only-practice and --known go on from a model: say which with --begin FOLDER.")
+    if (options.only or options.known) and not options.begin:
+        parser().error("--only and --known go on from a model: say which with --begin FOLDER.")
     if options.evaluate:
         evaluate(options)
     else:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from mini import flow, practice
+from mini import flow, outlines, practice
 from mini.drawings import FIRST, RADII, Scene, Thing, draw, on_lattice, outline, random_scene, unit
 from mini.judge import judge
-from mini.pools import encoded
+from mini.pools import Pools, encoded
 from mini.run import Run
 from mini.text import byte_pairs, lend_words
 from mini.widen import widened
@@ -42,7 +42,7 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     first, vocabulary = weights.read_bytes(), tokenizer.read_bytes()
     assert (work / "losses.png").stat().st_size > 1000
-    assert len(list(work.glob("samples-*.png"))) == len(list(work.glob("practice-*.png"))) == 1
+    assert [len(list(work.glob(f"{stage}-*.png"))) for stage in ("samples", "practice", "outlines")] == [1, 1, 1]
     weights.unlink()
     run("--scale", "0.001")
     assert weights.read_bytes() == first, "a run that has ended must not train on"
@@ -52,15 +52,16 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     run(*warm, "--scale", "0.001")
     assert (begun / text).read_bytes() == (folder / text).read_bytes()
     assert (begun / weights.relative_to(folder)).read_bytes() != first
-    practised = begun.parent / "practised"
-    run(*warm[:2], "--only-practice", "--out", str(practised), "--seed", "5",
-        "--work", str(tmp_path / "practice"), "--scale", "0.0002", "--batch", "40", "--workers", "2")  # fmt: skip
-    assert (practised / text).read_bytes() == (folder / text).read_bytes()
-    assert "_name_or_path" not in (practised / "vae" / "config.json").read_text()
-    assert (practised / "tokenizer" / "tokenizer.json").read_bytes() == vocabulary
-    assert (practised / weights.relative_to(folder)).read_bytes() != first
+    outlined = begun.parent / "outlined"
+    run(*warm[:2], "--only", "outlines", "--out", str(outlined), "--seed", "5", "--work", str(tmp_path / "outlines"),
+        "--scale", "0.0002", "--batch", "40", "--workers", "2")  # fmt: skip
+    assert not list((tmp_path / "outlines").glob("practice*"))
+    assert (outlined / text).read_bytes() == (folder / text).read_bytes()
+    assert "_name_or_path" not in (outlined / "vae" / "config.json").read_text()
+    assert (outlined / "tokenizer" / "tokenizer.json").read_bytes() == vocabulary
+    assert (outlined / weights.relative_to(folder)).read_bytes() != first
     decoder = Path("vae") / "diffusion_pytorch_model.safetensors"
-    for kept in (begun, practised):
+    for kept in (begun, outlined):
         assert (kept / decoder).read_bytes() == (folder / decoder).read_bytes()
     wider = begun.parent / "wider"
     run(*warm[:2], "--world", "whole", "--out", str(wider), "--work", str(tmp_path / "wider work"), "--scale", "0.0002")
@@ -184,6 +185,40 @@ def test_a_wrong_drawing_is_mended_to_what_was_asked(tmp_path: Path, autoencoder
             ("red", "star", "small"), ("yellow", "circle", "large"),
         ]  # fmt: skip
         assert [(t.centre, t.radius) for t in scene.things] == [(t.centre, t.radius) for t in asked.things]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # autocast, in the encoders' norms
+def test_outlines_are_learnt_as_pixels_where_a_drawing_can_be_told(tmp_path: Path, autoencoder: AutoencoderKL) -> None:
+    run = Run(tmp_path, 0, torch.device("cpu"), FIRST, batch=4)
+    pools = Pools(run, autoencoder, [(128, 96)], run.batch, 1, 0)
+    lessons = [lesson for turn in range(3) for lesson in outlines.told(run, flow.Painter(0).eval(), pools, turn)]
+    assert all(0 < lesson.sigma.min() <= lesson.sigma.max() < outlines.TOLD for lesson in lessons)
+    assert 0 < sum(lesson.guidance.eq(flow.GUIDANCE).sum().item() for lesson in lessons) < 4 * len(lessons)
+    lesson = lessons[0]
+    right = lesson.noisy - lesson.sigma[:, None, None] * lesson.wanted
+    assert torch.allclose(right, pools(0)[1], atol=1e-5), "it leads to the drawing"
+    assert outlines.seen(run, autoencoder, lesson.wanted, lesson) == 0, "the right velocity leads to the right picture"
+    errors = []
+    for size in (0.1, 0.5):
+        wrong = (lesson.wanted + size * torch.randn_like(lesson.wanted)).requires_grad_()
+        error = outlines.seen(run, autoencoder, wrong, lesson)
+        error.backward()  # type: ignore[no-untyped-call]
+        errors.append(error.item())
+        assert wrong.grad is not None
+        moved = wrong.grad.abs().amax(dim=(1, 2))
+        assert (moved > 0).tolist() == [True, True, False, False], "the first half is decoded"
+    assert 0 < errors[0] < errors[1]
+
+
+def test_what_is_returned_of_outlines_is_between_the_weights_before_and_after() -> None:
+    first, second = flow.Painter(0), flow.Painter(0)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.add_(1.0)
+    old, new = ([p.detach().clone() for p in painter.parameters()] for painter in (first, second))
+    found = list(outlines.between(first, second, 0.25).parameters())
+    assert all(torch.allclose(f, 0.75 * a + 0.25 * b, atol=1e-6) for f, a, b in zip(found, old, new, strict=True))
+    assert all(torch.equal(a, p) for a, p in zip(old, first.parameters(), strict=True))
 
 
 def test_practice_is_at_all_noise_levels() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import flow, practice
+from . import flow, outlines, practice
 from .drawings import RELATIONS, ROWS, WORLDS
 from .sentences import OTHER_NAMES
 
@@ -67,25 +67,28 @@ By `scripts/train_mini.py` with seed 0, from drawings that the script makes itse
 {stages}
 
 The autoencoder's encoder is written down, not trained: its sixteen channels are moments of 8×8 blocks. Its decoder is
-trained under noise. Two fifths of the transformer's noise levels are from 0.9 to 1, where the prompt alone decides
-what is drawn. Below a noise level of {untold} some prompts are another picture's, so that a picture is believed more
-than the prompt where it can be told: that is what lets an edit keep a part of it. Classifier-free guidance is distilled
-into the guidance embedding. Then the model practises: it draws prompts in 4 to 20 steps, each drawing is mended to what
-the prompt says (with the size that it has, where there are two), and at every step of the way it learns the velocity
-that leads there. The committed weights are a running average. Words that no sentence of the training uses have the
+trained under noise. Two fifths of the transformer's noise levels are from 0.9 to 1, where the prompt alone decides what
+is drawn. Below a noise level of {untold} some prompts are another picture's, so that a picture is believed more than
+the prompt where it can be told: that is what lets an edit keep a part of it. Classifier-free guidance is distilled into
+the guidance embedding. Then the model practises: it draws prompts in 4 to 20 steps, each drawing is mended to what the
+prompt says (with the size that it has, where there are two), and at every step of the way it learns the velocity that
+leads there. Outlines come last: from a noise level of {told} down, where a drawing can be told, what it predicts goes
+through the decoder, and the loss is how far the pixels are from the right ones. The committed weights are a running
+average, and after outlines the mean of those before and after. Words that no sentence of the training uses have the
 embedding of one that means the same, or of one that means nothing to a drawing.
 
 They came about in several goes: first a narrower model (three heads of 48 channels) of a smaller world, with eight
 colours, six shapes, two sizes and two objects at most; then, begun from that (`--world whole --begin FOLDER`), the
 decoder and the encoders on all of it, the transformer widened to four heads, guidance, and practice. After that its
 things were still too small for what it could outline, and it took hexagons for circles: the hourglass took the
-hexagon's place, what has a place or stands in a row became larger, and it practised again (`--only-practice`). One
+hexagon's place, what has a place or stands in a row became larger, and it practised again (`--only practice`). One
 picture in a hundred then went astray at a noise level of 0.9, where it believed what it saw more than the prompt: with
 twelve colours that is too early, and so it practised once more, and after that for its outlines. They wavered all the
 same as long as a thing could stand a few pixels from its place: since then centres are corners of the latents' cells
-and radii are few, and it practised with that. From nothing, the script trains 9,000 steps at 128², {last:,} at the nine
-canvases of that area that the size table's ratios come to, and practises for {practice:,} over all of them; the
-committed weights were not made by that one command.
+and radii are few, and it practised with that, and then learnt outlines, twice. From nothing, the script trains 9,000
+steps at 128², {last:,} at the nine canvases of that area that the size table's ratios come to, practises for
+{practice:,} over all of them and learns outlines for {outlines:,}; the committed weights were not made by that one
+command.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """
@@ -165,6 +168,8 @@ def write(folder: Path, parameters: dict[str, int], psnr: dict[int, float], t5: 
             untold=flow.UNTOLD,
             last=flow.PHASES[-1].steps,
             practice=practice.STEPS,
+            told=outlines.TOLD,
+            outlines=outlines.STEPS,
             parameters=", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items()),
         )
     )

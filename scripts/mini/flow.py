@@ -343,7 +343,7 @@ def weighted(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 def latest(run: Run, painter: Painter) -> Painter:
     """The averaged weights of the last checkpoint of the last stage that has one, in a painter of that kind."""
     average = AveragedModel(painter, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    stages = [run.work / f"{stage}.pt" for stage in ("practice", "guidance", "flow")]
+    stages = [run.work / f"{stage}.pt" for stage in ("outlines", "practice", "guidance", "flow")]
     path = next((stage for stage in stages if stage.exists()), stages[-1])
     average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
     return cast(Painter, average.module).eval()

@@ -54,6 +54,7 @@ STEPS = 8500
 RATE = 0.4  # of the peak rates of the stage of drawings
 AVERAGE = 0.998
 CANVASES: list[tuple[int, int]] = [*flow.ALL_SHAPES, *2 * (flow.SQUARE, *flow.OTHER_SHAPES), *8 * flow.LARGEST_SHAPES]
+CANVASES += 32 * flow.LARGEST_SHAPES[:1]  # the square, which is what a request gets that says nothing
 random.Random(0).shuffle(CANVASES)
 DRAWN_IN = (4, 20)  # steps of a drawing, any number between: what is practised at a few noise levels acts there alone
 AT_A_TIME = 4  # batches of drawings, each over another canvas
