@@ -48,7 +48,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, default=0, help="processes that draw (default 0: this one; a GPU wants 12)")
     p.add_argument("--scale", type=float, default=1.0, help="share of the recipe's steps (default 1)")
     p.add_argument("--eager", action="store_true", help="without torch.compile: slower, but starts at once")
-    p.add_argument("--export", action="store_true", help="write the folder from the latest checkpoint and stop")
+    p.add_argument(
+        "--export",
+        action="store_true",
+        help="write the folder from the latest checkpoint's running average, as it is, and stop",
+    )
     p.add_argument("--evaluate", action="store_true", help="measure the folder and stop")
     p.add_argument("--count", type=int, default=500, help="prompts to evaluate with (default 500)")
     p.add_argument("--canvases", nargs="+", default=CANVASES, metavar="WxH", help="canvases to evaluate at")

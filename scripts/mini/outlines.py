@@ -16,13 +16,11 @@ of the weights before and after (as in arXiv 2109.01903) has the outlines of the
 
 from __future__ import annotations
 
-import copy
 import random
 from typing import cast
 
 import torch
 from diffusers import AutoencoderKL
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flux_local.model.latents import unpack
 
@@ -116,17 +114,9 @@ def train(
     """
     torch.manual_seed(run.seed)
     steps = max(2, round(STEPS * scale))
-    painter = copy.deepcopy(beginning).train().to(run.device)
-    for encoder in (painter.text_encoder, painter.text_encoder_2):
-        encoder.requires_grad_(False)
     vae = vae.eval().requires_grad_(False).to(run.device, memory_format=torch.channels_last)
-    average = AveragedModel(painter, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    averaged = cast(flow.Painter, average.module).eval()
-    if compiled:
-        flow.compile_blocks(painter)
-        flow.compile_blocks(averaged)
-    optimiser = flow.Optimisers(painter, RATE)
-    start = run.resume("outlines", painter, optimiser, average=average)
+    learning = practice.Learning.of(run, beginning, RATE, AVERAGE, compiled)
+    start = run.resume("outlines", learning.painter, learning.optimiser, average=learning.average)
     rate = run.one_cycle(steps, warm_up=50)
     pools = Pools(run, vae, CANVASES, run.batch, steps, OFFSET)
     waiting: list[Lesson] = []
@@ -137,25 +127,21 @@ def train(
         for step in range(start, steps):
             own = step % OWN_EVERY == 0
             if own and not waiting:
-                waiting = practice.lessons(run, averaged, vae, turn)
+                waiting = practice.lessons(run, learning.averaged, vae, turn)
                 turn += 1
             while not own and not others:
-                others = told(run, averaged, pools, drawn)
+                others = told(run, learning.averaged, pools, drawn)
                 drawn += 1
             lesson = waiting.pop() if own else others.pop()
-            predicted = flow.velocity(
-                run, painter, lesson.noisy, lesson.sigma, lesson.prompts, lesson.guidance, *lesson.canvas
-            )
-            loss = flow.weighted(predicted - lesson.wanted.to(run.device), lesson.sigma)
+            predicted, loss = learning.predicted(run, lesson)
             figures = {"own" if own else "others": loss.item()}
             if not own:
                 error = seen(run, vae, predicted, lesson)
                 figures["pixels"] = error.item()
                 loss = loss + PIXELS * error
-            run.step(optimiser, loss, painter, rate(step))
-            average.update_parameters(painter)
+            learning.step(run, loss, rate(step))
             progress(step + 1, **figures)
-            run.checkpoint("outlines", step + 1, steps, painter, optimiser, average=average)
+            run.checkpoint("outlines", step + 1, steps, learning.painter, learning.optimiser, average=learning.average)
             if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
-                look(averaged, step + 1)
-    return between(beginning, averaged, LEARNT)
+                look(learning.averaged, step + 1)
+    return between(beginning, learning.averaged, LEARNT)

@@ -255,6 +255,41 @@ def usual(run: Run, pools: Pools, step: int) -> Lesson:
     return Lesson(canvas, noisy, sigma, prompts, guidance, wanted)
 
 
+@dataclass(frozen=True)
+class Learning:
+    """What a stage has that learns from its own drawings: they are drawn by the average."""
+
+    painter: flow.Painter
+    average: AveragedModel
+    averaged: flow.Painter
+    optimiser: flow.Optimisers
+
+    @classmethod
+    def of(cls, run: Run, painter: flow.Painter, rate: float, average: float, compiled: bool) -> Learning:
+        """A copy of the painter that learns, but for its text encoders, at that share of the peak rates."""
+        painter = copy.deepcopy(painter).train().to(run.device)
+        for encoder in (painter.text_encoder, painter.text_encoder_2):
+            encoder.requires_grad_(False)
+        running = AveragedModel(painter, multi_avg_fn=get_ema_multi_avg_fn(average))
+        averaged = cast(flow.Painter, running.module).eval()
+        if compiled:
+            flow.compile_blocks(painter)
+            flow.compile_blocks(averaged)
+        return cls(painter, running, averaged, flow.Optimisers(painter, rate))
+
+    def predicted(self, run: Run, lesson: Lesson) -> tuple[torch.Tensor, torch.Tensor]:
+        """The velocities of a lesson as the painter has them now, and their loss."""
+        found = flow.velocity(
+            run, self.painter, lesson.noisy, lesson.sigma, lesson.prompts, lesson.guidance, *lesson.canvas
+        )
+        return found, flow.weighted(found - lesson.wanted.to(run.device), lesson.sigma)
+
+    def step(self, run: Run, loss: torch.Tensor, share: float) -> None:
+        """As `Run.step`; the average follows."""
+        run.step(self.optimiser, loss, self.painter, share)
+        self.average.update_parameters(self.painter)
+
+
 def train(
     run: Run,
     painter: flow.Painter,
@@ -273,17 +308,9 @@ def train(
     """
     torch.manual_seed(run.seed)
     steps = max(2, round(STEPS * scale))
-    painter = copy.deepcopy(painter).train().to(run.device)
-    for encoder in (painter.text_encoder, painter.text_encoder_2):
-        encoder.requires_grad_(False)
     vae = vae.eval().requires_grad_(False).to(run.device, memory_format=torch.channels_last)
-    average = AveragedModel(painter, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    averaged = cast(flow.Painter, average.module).eval()
-    if compiled:
-        flow.compile_blocks(painter)
-        flow.compile_blocks(averaged)
-    optimiser = flow.Optimisers(painter, RATE)
-    start = run.resume("practice", painter, optimiser, average=average)
+    learning = Learning.of(run, painter, RATE, AVERAGE, compiled)
+    start = run.resume("practice", learning.painter, learning.optimiser, average=learning.average)
     rate = run.one_cycle(steps, warm_up=100)
     pools = Pools(run, vae, CANVASES, run.batch, steps, 20_000_000)
     waiting: list[Lesson] = []
@@ -292,19 +319,15 @@ def train(
         for step in range(start, steps):
             if step % 2 == 0:
                 if not waiting:
-                    waiting = lessons(run, averaged, vae, turn)
+                    waiting = lessons(run, learning.averaged, vae, turn)
                     turn += 1
                 lesson = waiting.pop()
             else:
                 lesson = usual(run, pools, step)
-            predicted = flow.velocity(
-                run, painter, lesson.noisy, lesson.sigma, lesson.prompts, lesson.guidance, *lesson.canvas
-            )
-            loss = flow.weighted(predicted - lesson.wanted.to(run.device), lesson.sigma)
-            run.step(optimiser, loss, painter, rate(step))
-            average.update_parameters(painter)
+            _, loss = learning.predicted(run, lesson)
+            learning.step(run, loss, rate(step))
             progress(step + 1, **{"own" if step % 2 == 0 else "others": loss.item()})
-            run.checkpoint("practice", step + 1, steps, painter, optimiser, average=average)
+            run.checkpoint("practice", step + 1, steps, learning.painter, learning.optimiser, average=learning.average)
             if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
-                look(averaged, step + 1)
-    return averaged
+                look(learning.averaged, step + 1)
+    return learning.averaged
