@@ -30,8 +30,8 @@ def from_form(fields: Mapping[str, str]) -> dict[str, Any]:
 
 def form_value(kind: Kind, text: str) -> Any:
     match kind:
-        case "integer" if re.fullmatch(r"-?[0-9]{1,20}", text):
-            return int(text)
+        case "integer" if re.fullmatch(r"-?[0-9]{1,20}(\.0{1,20})?", text):
+            return int(text.partition(".")[0])
         case "integer" if re.fullmatch(NUMBER, text) and float(text).is_integer():
             return int(float(text))
         case "number" if re.fullmatch(NUMBER, text):

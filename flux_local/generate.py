@@ -25,8 +25,8 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
 
     Raises:
         What `plan_of` and loading raise. SettingsError: the file cannot be written, or what is drawn is to be checked,
-            which is done by servers alone. StartError: the device has no room
-            for the picture. GenerationInvalid: it has values that are no numbers.
+            which servers alone do. StartError: the device has no room for the picture. GenerationInvalid: it has values
+            that are no numbers.
     """
     folder = weights.find(settings.model)
     weights.verify(folder)

@@ -45,8 +45,7 @@ def located(folder: Path, name: str, scale: float) -> tuple[str, float, int]:
         whole = False
     if not whole:
         raise InvalidValue(
-            "An adapter cannot be used: its file is no whole safetensors file. Leave it out.",
-            param="loras",
+            "An adapter cannot be used: its file is no whole safetensors file. Leave it out.", param="loras"
         )
     return str(path.resolve()), scale, found.st_mtime_ns
 

@@ -175,6 +175,8 @@ def test_forms_mean_what_json_says() -> None:
         "prompt": "", "n": 2, "strength": 0.7, "go_fast": False, "stream": True, "size": "1x1", "loras": [],
         "cfg_scale": 3.0, "other": "x", "steps": "many", "true_cfg_scale": 2.0, "lora_scale": 0.5,
     }  # fmt: skip
+    assert from_form({"steps": "1e1", "seed": "9007199254740993.0"}) == {"steps": 10, "seed": 9007199254740993}
+    assert from_form({"steps": "1.5e0"}) == {"steps": "1.5e0"}
 
 
 def test_every_row_of_the_table_describes_itself() -> None:

@@ -103,7 +103,10 @@ async def on_exception(request: Request, error: Exception) -> Response:
     return error_response(answer_for(InternalError("")), GENERIC)
 
 
-GENERIC = "The server failed on this request. Its log has the details under the request's x-request-id."
+GENERIC = (
+    "The server failed on this request. Send it again, or ask the server's operator: its log has the details under the "
+    "request's x-request-id."
+)
 
 
 def install(app: FastAPI) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from PIL import Image
 
-from flux_local.api.answers import error_body
+from flux_local.api.answers import GENERIC, error_body
 from flux_local.api.work import OnEvent, OnPicture, Services, Work
 from flux_local.errors import Cancelled, Draining, FluxError, InternalError, RequestCrashes, StorageFull
 from flux_local.history import FINAL, Entry, Status
@@ -276,7 +276,7 @@ class Requests:
             raise
         except Exception:
             log.exception("request %s failed", work.id)
-            await self._finish(work.id, "failed", error=error_body(InternalError(FAILED)))
+            await self._finish(work.id, "failed", error=error_body(InternalError(GENERIC)))
             raise
         finally:
             self.live.pop(work.id, None)
@@ -338,7 +338,6 @@ class Requests:
 
 
 CANCELLED = Cancelled("The request was cancelled.")
-FAILED = "The server failed on this request. Send it again, or ask the server's operator: its log says how."
 
 
 def as_run(params: GenerationParams) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from flux_local.api.answers import error_body
-from flux_local.api.requests import FAILED, Requests
+from flux_local.api.answers import GENERIC, error_body
+from flux_local.api.requests import Requests
 from flux_local.api.work import Work
 from flux_local.errors import FluxError, InternalError
 from flux_local.messages import Done, Partial, Step
@@ -108,7 +108,7 @@ class Events:
             self.queue.put_nowait(("error", error_body(error)))
         except Exception:  # the boundary of a request: the status is sent, only an event can tell
             log.exception("request %s failed while streaming", self.work.id)
-            self.queue.put_nowait(("error", error_body(InternalError(FAILED))))
+            self.queue.put_nowait(("error", error_body(InternalError(GENERIC))))
         finally:
             self.queue.put_nowait(None)
 
