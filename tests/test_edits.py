@@ -7,6 +7,9 @@ import base64
 import concurrent.futures
 import errno
 import io
+import json
+import random
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from mini.drawings import COLOURS, Scene, Thing, draw
 from mini.judge import look
 from PIL import Image, ImageChops, ImageColor
 
+from flux_local.api import bodies
 from flux_local.decoder import SafeDecoder
 from flux_local.errors import InternalError
 from flux_local.params import ModelInfo, generation_params
@@ -143,6 +147,32 @@ def test_only_pictures_may_be_large(server: Server) -> None:
         httpx.post(server.url + EDITS, data={**fields, "notes": "n" * 1_000_001}, files={"image": saved(noise)}),
     ):
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_what_is_no_picture_is_counted_while_it_comes(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    head = b"POST /v1/images/edits HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head + b'content-length: 60000000\r\n\r\n{"prompt": "' + b"a red circle " * 90_000)
+        assert b" 413 " in connection.recv(1000).split(b"\r\n")[0], "with 58 MB still to come"
+
+
+def test_a_picture_is_known_in_however_many_parts_it_comes() -> None:
+    rng = random.Random(0)
+    kinds = (
+        lambda: "data:image/png;base64," + "A/b+" * rng.randint(0, 800),
+        lambda: "Qz9=" * rng.randint(256, 500),
+        lambda: 'say "data:" \\ dé ' * rng.randint(0, 30),
+        lambda: [1, {"a": "b"}],
+    )
+    for _ in range(300):
+        body = json.dumps({f"{i}": rng.choice(kinds)() for i in range(rng.randint(1, 6))}).encode()
+        text, at = bodies.Text(), 0
+        while at < len(body):
+            size = rng.choice((1, 3, 50, 700, 4000))
+            text(body[at : at + size])
+            at += size
+        assert text.size == len(bodies.PICTURE.sub(b"", body))
 
 
 def test_strength_0_is_the_input_and_takes_no_step(server: Server, drawing: Image.Image) -> None:

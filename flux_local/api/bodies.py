@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NoReturn
 
@@ -14,6 +15,12 @@ from starlette.requests import ClientDisconnect, Request
 from flux_local.errors import Cancelled, InvalidJson, RateLimited, RequestTooLarge, TryLater, UnsupportedMediaType
 
 JSON_LIMIT = 1_000_000
+WITHOUT_PICTURES = f"Without its pictures the request may have at most {JSON_LIMIT:,} bytes."
+PICTURE = re.compile(rb'"(?:data:[^"]*|[a-z0-9+/=_\\-]{1024,})"', re.IGNORECASE)
+"""A string of JSON that is a data URL, or was meant to be one."""
+BEGUN = re.compile(rb'"(?:data:[^"]*|[a-z0-9+/=_\\-]*)', re.IGNORECASE)
+"""What may become a `PICTURE`; one of more than `KEPT` bytes surely is one."""
+KEPT = 1100
 BODY_SECONDS, SLOWEST = 60.0, 100_000
 """For which a body may be on its way, and a second more for each so many bytes that have come."""
 
@@ -76,22 +83,49 @@ MEMORY = Memory(512_000_000)
 """Eight of the largest bodies that may come."""
 
 
-async def read(request: Request, limit: int, take: Callable[[int], None] = lambda more: None) -> bytes:
-    """The body, `take` called for each part. Raises what `arriving` and `take` raise."""
+class Text:
+    """Of a JSON body in parts, what is not a picture: it may have JSON_LIMIT bytes, and is counted as it comes in."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.begun = b""
+
+    def __call__(self, part: bytes) -> None:
+        """Raises `RequestTooLarge`."""
+        found = PICTURE.sub(b"", self.begun + part)
+        last = max(found.rfind(b'"'), 0)
+        counted = last if BEGUN.fullmatch(found, last) else len(found)
+        self.size += counted
+        self.begun = found[counted : counted + KEPT]
+        if self.size > JSON_LIMIT:
+            raise RequestTooLarge(WITHOUT_PICTURES)
+
+
+async def read(request: Request, limit: int, look: Callable[[bytes], None] = lambda part: None) -> bytes:
+    """The body, `look` called for each part. Raises what `arriving` and `look` raise."""
     body = bytearray()
     async with arriving(limit) as count:
         async for chunk in request.stream():
             count(len(chunk))
-            take(len(chunk))
+            look(chunk)
             body += chunk
     return bytes(body)
 
 
 @contextlib.asynccontextmanager
-async def large(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The body, with its share of MEMORY as long as the block lasts. Raises what `read` and `Memory.share` raise."""
+async def with_pictures(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """A body of JSON, with its share of MEMORY as long as the block lasts.
+
+    Raises what `read`, `Memory.share` and `Text` raise.
+    """
+    text = Text()
     with MEMORY.share() as take:
-        yield await read(request, limit, take)
+
+        def look(part: bytes) -> None:
+            take(len(part))
+            text(part)
+
+        yield await read(request, limit, look)
 
 
 async def json_object(request: Request) -> dict[str, Any]:

@@ -35,10 +35,6 @@ IMAGE_LIMIT = 50_000_000
 PARTS = 64
 PARSING = asyncio.Semaphore(2)
 """JSON bodies with pictures that are taken apart at a time: each needs several times its size for a moment."""
-WITHOUT_PICTURES = f"Without its pictures the request may have at most {bodies.JSON_LIMIT:,} bytes."
-PICTURE = re.compile(rb'"(?:data:[^"]*|[a-z0-9+/=_\\-]{1024,})"', re.IGNORECASE)
-"""A string of JSON that is a data URL, or was meant to be one."""
-
 
 File = bytes | UploadFile
 
@@ -70,7 +66,7 @@ async def received(request: Request, route: Route) -> AsyncIterator[Upload]:
         if kind == "multipart/form-data":
             sent = await from_multipart(request, stack)
         elif kind == "application/json":
-            body = await stack.enter_async_context(bodies.large(request, BODY_LIMIT))
+            body = await stack.enter_async_context(bodies.with_pictures(request, BODY_LIMIT))
             async with PARSING:
                 sent = await asyncio.to_thread(from_json, body)
             del body
@@ -138,7 +134,7 @@ async def from_multipart(request: Request, stack: contextlib.AsyncExitStack) -> 
     if sum(len(value) for name, value in named if isinstance(value, str) and plain(name) not in files) > (
         bodies.JSON_LIMIT
     ):
-        raise RequestTooLarge(WITHOUT_PICTURES)
+        raise RequestTooLarge(bodies.WITHOUT_PICTURES)
     for full, value in named:
         name = plain(full)
         if isinstance(value, UploadFile):
@@ -225,8 +221,6 @@ def adapters_of(path: list[str], scale: list[str]) -> list[dict[str, Any]]:
 
 def from_json(body: bytes) -> Sent:
     """`image` (or a list of them), `images[].image_url`, `mask`: data URLs, or objects with an `image_url`."""
-    if len(body) > bodies.JSON_LIMIT and len(PICTURE.sub(b"", body)) > bodies.JSON_LIMIT:
-        raise RequestTooLarge(WITHOUT_PICTURES)
     raw = bodies.parse(body)
     given = {name: value for name, value in raw.items() if name not in ("image", "images", "mask")}
     images = [*as_list(raw.get("image")), *as_list(raw.get("images"))]
