@@ -75,18 +75,24 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     route: str
     status: Status
     created: float
-    finished: float | None
     params: dict[str, Any]
-    response: dict[str, Any] | None
-    error: dict[str, Any] | None
-    files: list[str]
-    work: bytes | None
-    resumed: int
+    finished: float | None = None
+    response: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    files: list[str] = []
+    work: bytes | None = None
+    resumed: int = 0
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """An answer that is given again to a repeated request. `fingerprint`: of what was asked. `request`: the id."""
+    """An answer that is given again to a repeated request: one of the same owner, route and `key`.
 
+    `fingerprint`: of what was asked. `request`: the id.
+    """
+
+    owner: str
+    route: str
+    key: str
     request: str
     fingerprint: str
     status: int
@@ -169,18 +175,27 @@ class History:
                 "The server cannot use its request history. Free space on the server, or start it again."
             ) from error
 
-    async def add(
-        self, id: str, owner: str, route: str, params: dict[str, Any], work: bytes | None, status: Status = "queued"
-    ) -> None:
-        """A new request; with `work`, a promise."""
-        row = (id, owner, route, status, time.time(), json.dumps(params), work)
-        await self._run(
-            lambda c: c.execute(
-                "INSERT INTO requests (id, owner, route, status, created, params, work) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                row,
-            ),
-            flushed=work is not None,
-        )
+    async def add(self, new: Entry, reply: Reply | None = None) -> None:
+        """A new request; with `work`, a promise. With what a repeat of it will be answered, or not at all."""
+        row = (new.id, new.owner, new.route, new.status, new.created, json.dumps(new.params), new.work)
+
+        def insert(connection: sqlite3.Connection) -> None:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                connection.execute(
+                    "INSERT INTO requests (id, owner, route, status, created, params, work)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    row,
+                )
+                if reply is not None:
+                    keep(connection, reply)
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # a full disk has ended it already
+                    connection.execute("ROLLBACK")
+                raise
+
+        await self._run(insert, flushed=new.work is not None)
 
     async def finish(
         self,
@@ -276,14 +291,10 @@ class History:
                 row,
             ).fetchone()
         )
-        return found and Reply(found[0], found[1], found[2], json.loads(found[3]), found[4])
+        return found and Reply(owner, route, key, found[0], found[1], found[2], json.loads(found[3]), found[4])
 
-    async def keep_reply(self, owner: str, route: str, key: str, reply: Reply) -> None:
-        row = (owner, route, key, reply.fingerprint, reply.status, json.dumps(reply.headers), reply.body, time.time(),
-               reply.request)  # fmt: skip
-        await self._run(
-            lambda c: c.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row), flushed=True
-        )
+    async def keep_reply(self, reply: Reply) -> None:
+        await self._run(lambda c: keep(c, reply), flushed=True)
 
     async def sweep(self) -> None:
         """Forgets what has expired."""
@@ -295,6 +306,12 @@ class History:
     def close(self) -> None:
         self._thread.submit(self._connection.close).result()
         self._thread.shutdown()
+
+
+def keep(connection: sqlite3.Connection, reply: Reply) -> None:
+    row = (reply.owner, reply.route, reply.key, reply.fingerprint, reply.status, json.dumps(reply.headers), reply.body,
+           time.time(), reply.request)  # fmt: skip
+    connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
 
 def brief(entry: Entry) -> Entry:

@@ -6,19 +6,42 @@ import asyncio
 import contextlib
 import os
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
 
 from flux_local.errors import StorageFull
-from flux_local.history import History
+from flux_local.history import Entry, History, Reply, Status
+
+
+def new(id: str, status: Status = "queued", work: bytes | None = None, **params: str) -> Entry:
+    return Entry(id=id, owner="", route="generations", status=status, created=time.time(), params=dict(params),
+                 work=work)  # fmt: skip
+
+
+def test_a_promise_and_what_a_repeat_of_it_is_answered_are_kept_together_or_not_at_all(tmp_path: Path) -> None:
+    async def run() -> None:
+        history = History(tmp_path, 1000)
+        reply = Reply("", "generations", "key", "a", "f", 202, {}, b"{}")
+        await history.add(new("a", work=b"work"), reply)
+        assert await history.reply("", "generations", "key") == reply
+        await history._run(lambda c: c.execute("DROP TABLE replies"))
+        with pytest.raises(StorageFull):
+            await history.add(new("b", work=b"work"), reply)
+        assert [entry.id for entry in await history.unfinished()] == ["a"]
+        await history.add(new("c", work=b"work"))
+        assert [entry.id for entry in await history.unfinished()] == ["a", "c"], "the next one is none the worse"
+        history.close()
+
+    asyncio.run(run())
 
 
 def test_a_file_that_is_damaged_while_in_use_is_told_as_what_it_is(tmp_path: Path) -> None:
     async def run() -> None:
         history = History(tmp_path, 1000)
         for number in range(100):
-            await history.add(f"r{number}", "", "generations", {"prompt": "x" * 500}, None, "running")
+            await history.add(new(f"r{number}", "running", prompt="x" * 500))
         await history._run(lambda c: c.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
         path = tmp_path / "history.sqlite3"
         with path.open("r+b") as file:
@@ -38,7 +61,7 @@ def test_a_history_of_before_is_read_and_counts_who_takes_up_its_promises(tmp_pa
     async def run() -> None:
         history = History(tmp_path, 1000)
         for id in ("a", "b"):
-            await history.add(id, "", "generations", {}, b"work")
+            await history.add(new(id, work=b"work"))
         history.close()
         with contextlib.closing(sqlite3.connect(tmp_path / "history.sqlite3")) as tables:
             tables.executescript("ALTER TABLE requests DROP COLUMN resumed; PRAGMA user_version = 1;")

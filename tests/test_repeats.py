@@ -15,7 +15,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_local.api.repeats import Repeats
+from flux_local.api.repeats import Keep, Repeats
 from flux_local.errors import DeadlineExceeded, TryLater
 from flux_local.history import History
 from tests.servers import Server, eventually, leaving_after, running
@@ -85,11 +85,11 @@ def test_a_repeat_that_takes_over_has_what_is_left_of_its_time(tmp_path: Path) -
         repeats, request = Repeats(history), Request({"type": "http", "headers": [(b"idempotency-key", b"k")]})
         left: list[float] = []
 
-        async def fails(seconds: float) -> Response:
+        async def fails(seconds: float, keep: Keep) -> Response:
             await asyncio.sleep(0.3)
             raise TryLater("x")
 
-        async def works(seconds: float) -> Response:
+        async def works(seconds: float, keep: Keep) -> Response:
             left.append(seconds)
             return Response(status_code=500)
 
@@ -98,7 +98,7 @@ def test_a_repeat_that_takes_over_has_what_is_left_of_its_time(tmp_path: Path) -
         assert isinstance(first.exception(), TryLater)
         assert 8 < left[0] < 9.8
 
-        async def comes_too_late(seconds: float) -> Response:
+        async def comes_too_late(seconds: float, keep: Keep) -> Response:
             raise DeadlineExceeded("x")
 
         first = asyncio.ensure_future(repeats.once(request, "", "generations", "f", 60, fails))

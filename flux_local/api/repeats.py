@@ -23,6 +23,8 @@ from flux_local.plan import Source
 
 HEADER = "idempotency-key"
 MAX_KEY = 255
+Keep = Callable[[Response], Reply | None]
+"""What is kept of an answer for its repeats: nothing without a key."""
 OWN_HEADERS = ("content-length", "x-request-id")
 """Of an answer, that belong to the connection and not to the work."""
 
@@ -41,14 +43,15 @@ class Repeats:
         route: str,
         fingerprint: str,
         seconds: float,
-        make: Callable[[float], Awaitable[Response]],
+        make: Callable[[float, Keep], Awaitable[Response]],
     ) -> Response:
         """What `make` answers, or answered before under the same key.
 
         Args:
             fingerprint: of all that the client asked for.
             seconds: that the client gives it; more are not waited for another request of the key.
-            make: called with what is left of them.
+            make: called with what is left of them, and with what makes a reply of an answer; a promise (202) it has
+                to keep itself, together with what it promises.
 
         Raises:
             InvalidValue: not a key. IdempotencyKeyReused: the key was used for something else.
@@ -56,7 +59,13 @@ class Repeats:
         """
         key = key_of(request)
         if key is None:
-            return await make(seconds)
+            return await make(seconds, lambda answer: None)
+        id = request.scope.get("request_id", "")
+
+        def keep(answer: Response) -> Reply:
+            headers = {name: value for name, value in answer.headers.items() if name not in OWN_HEADERS}
+            return Reply(*place, id, fingerprint, answer.status_code, headers, bytes(answer.body))
+
         place, began, waited = (owner, route, key), time.monotonic(), False
         while (running := self.running.get(place)) is not None:
             same(running[0], fingerprint)
@@ -69,27 +78,25 @@ class Repeats:
             if (stored := await self.history.reply(*place)) is not None:
                 same(stored.fingerprint, fingerprint)
                 return Response(stored.body, stored.status, {**stored.headers, "idempotent-replayed": "true"})
-            answer = await made_late(make, began + seconds - time.monotonic()) if waited else await make(seconds)
-            if answer.status_code in (200, 202):
-                headers = {name: value for name, value in answer.headers.items() if name not in OWN_HEADERS}
-                id = request.scope["request_id"]
-                reply = Reply(id, fingerprint, answer.status_code, headers, bytes(answer.body))
+            left = began + seconds - time.monotonic()
+            answer = await (made_late(make, left, keep) if waited else make(seconds, keep))
+            if answer.status_code == 200:
                 with contextlib.suppress(StorageFull):  # the pictures are there; a repeat would draw them again
-                    await self.history.keep_reply(*place, reply)
+                    await self.history.keep_reply(keep(answer))
             return answer
         finally:
             del self.running[place]
             ended.set_result(None)
 
 
-async def made_late(make: Callable[[float], Awaitable[Response]], seconds: float) -> Response:
+async def made_late(make: Callable[[float, Keep], Awaitable[Response]], seconds: float, keep: Keep) -> Response:
     """What `make` answers in the time that waiting has left. Where that is too little, it was not the request's fault.
 
     Raises:
         TryLater: it was too little.
     """
     try:
-        return await make(max(0.0, seconds))
+        return await make(max(0.0, seconds), keep)
     except DeadlineExceeded as error:
         raise TryLater(
             "The request that had this 'Idempotency-Key' came to nothing, too late for this one. Send it again."

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 from flux_local.api.answers import GENERIC, error_body
 from flux_local.api.work import OnEvent, OnPicture, Services, Work
 from flux_local.errors import Cancelled, Draining, FluxError, InternalError, RequestCrashes, StorageFull
-from flux_local.history import FINAL, Entry, Status
+from flux_local.history import FINAL, Entry, Reply, Status
 from flux_local.messages import Partial, Step
 from flux_local.params import GenerationParams
 from flux_local.plan import Source
@@ -99,9 +99,7 @@ class Requests:
             if work.params.sync_mode:
                 return self._waited_for(self._spawn(work, route, work.run(on_event, on_picture)))
             # The account is written while the work begins; what is written later waits for it, in order.
-            adding = asyncio.ensure_future(
-                self.services.history.add(work.id, work.owner, route, as_run(work.params), None, "running")
-            )
+            adding = asyncio.ensure_future(self.services.history.add(new(work, route, "running")))
             task = self._tracking(work, route, on_event, on_picture)
             self._waited_for(task)
             try:
@@ -122,12 +120,17 @@ class Requests:
         task.add_done_callback(self.waited_for.discard)
         return task
 
-    async def start(self, work: Work, route: str) -> None:
-        """Accepts the work; it goes on by itself, and is taken up again if the server is restarted."""
+    async def start(self, work: Work, route: str, reply: Callable[[Entry], Reply | None]) -> Entry:
+        """Accepts the work; it goes on by itself, and is taken up again if the server is restarted.
+
+        Args:
+            reply: what a repeat of the request will be answered, which becomes known with the promise or not at all.
+        """
         with self._admitted(work):
-            whole = await asyncio.to_thread(packed, work)
-            await self.services.history.add(work.id, work.owner, route, as_run(work.params), whole)
+            entry = new(work, route, "queued", await asyncio.to_thread(packed, work))
+            await self.services.history.add(entry, reply(entry))
             self._tracking(work, route, whole=True)
+            return entry
 
     @contextlib.contextmanager
     def _admitted(self, work: Work) -> Iterator[None]:
@@ -355,6 +358,19 @@ def kept(body: dict[str, Any], whole: bool) -> dict[str, Any]:
         return body
     data = [{name: value for name, value in item.items() if name != "b64_json"} for item in body["data"]]
     return {**body, "data": data}
+
+
+def new(work: Work, route: str, status: Status, whole: bytes | None = None) -> Entry:
+    """Work as the history takes it down; with all of it (`packed`), it can be done again."""
+    return Entry(
+        id=work.id,
+        owner=work.owner,
+        route=route,
+        status=status,
+        created=time.time(),
+        params=as_run(work.params),
+        work=whole,
+    )
 
 
 def packed(work: Work) -> bytes:

@@ -14,10 +14,11 @@ from starlette.responses import Response
 from flux_local.api import bodies, schema, stream, uploads
 from flux_local.api.answers import JSON
 from flux_local.api.auth import owner_of
-from flux_local.api.repeats import HEADER, Repeats, fingerprint_of
+from flux_local.api.repeats import HEADER, Keep, Repeats, fingerprint_of
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services, Work, base_url
 from flux_local.errors import Cancelled, InvalidValue
+from flux_local.history import Entry
 from flux_local.parameters import Route
 from flux_local.params import GenerationParams, generation_params
 from flux_local.plan import Source
@@ -58,9 +59,9 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
     async def once(
         request: Request, route: Route, until: float, params: GenerationParams, source: Source | None, fingerprint: str
     ) -> Response:
-        async def make(seconds: float) -> Response:
+        async def make(seconds: float, keep: Keep) -> Response:
             # What is loaded, and which adapters there are, is no matter to a repeat: its answer may be stored.
-            return await answer(request, requests, route, work_of(services, request, params, source, seconds))
+            return await answer(request, requests, route, work_of(services, request, params, source, seconds), keep)
 
         seconds = max(0.0, until - time.monotonic())
         return await repeats.once(request, owner_of(request), route, fingerprint, seconds, make)
@@ -113,17 +114,19 @@ def preferences(request: Request) -> str:
     return ",".join(request.headers.getlist("prefer"))
 
 
-async def answer(request: Request, requests: Requests, route: Route, work: Work) -> Response:
+async def answer(request: Request, requests: Requests, route: Route, work: Work, keep: Keep) -> Response:
     """Now, as a stream, or a promise: whatever the client asked for."""
     if "respond-async" in (part.split(";")[0].strip() for part in preferences(request).lower().split(",")):
         if work.params.stream or work.params.sync_mode:
             name = "stream" if work.params.stream else "sync_mode"
             raise InvalidValue(f"'{name}' does not go with 'Prefer: respond-async'; leave one out.", param=name)
-        await requests.start(work, route)
-        entry = await requests.services.history.get(work.id, owner_of(request))
         location = f"{work.base_url}/v1/images/requests/{work.id}"
         headers = {"location": location, "preference-applied": "respond-async", **work.headers()}
-        return JSON(requests.view(entry), 202, headers)
+
+        def promised(entry: Entry) -> Response:
+            return JSON(requests.view(entry), 202, headers)
+
+        return promised(await requests.start(work, route, lambda entry: keep(promised(entry))))
     if work.params.stream:
         family = "image_generation" if route == "generations" else "image_edit"
         return await stream.response(requests, work, route, family)
