@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--begin", type=Path, metavar="FOLDER", help="go on from a model folder's weights")
     p.add_argument("--known", action="store_true", help="its autoencoder and text encoders stay; only other canvases")
-    p.add_argument("--only", choices=("practice", "outlines"), help="one of the last two stages alone")
+    p.add_argument("--only", choices=("practice", "outlines", "finish"), help="one of the last stages alone")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--export",
         action="store_true",
-        help="write the folder from the latest checkpoint's running average, as it is, and stop",
+        help="write the folder from the latest checkpoints' running average, as it is, and stop",
     )
     p.add_argument("--evaluate", action="store_true", help="measure the folder and stop")
     p.add_argument("--count", type=int, default=500, help="prompts to evaluate with (default 500)")
@@ -67,7 +67,7 @@ def train(options: argparse.Namespace) -> None:
 
     import torch
     from diffusers import AutoencoderKL
-    from mini import flow, guidance, outlines, practice, text, vae
+    from mini import finish, flow, guidance, outlines, practice, text, vae
     from mini.drawings import WORLDS
     from mini.evaluate import sheet
     from mini.run import Run
@@ -88,17 +88,19 @@ def train(options: argparse.Namespace) -> None:
         autoencoder = AutoencoderKL.from_pretrained(options.begin / "vae", torch_dtype=torch.float32)
     else:
         autoencoder = vae.train(run, max(1, round(VAE_STEPS * options.scale)), options.begin)
+    if options.only:
+        painter = flow.kept(options.begin, run.seed)
     if options.export:
-        painter = flow.latest(run, flow.kept(options.begin, run.seed) if options.only else flow.Painter(run.seed))
+        if options.only != "finish":
+            painter = flow.latest(run, painter if options.only else flow.Painter(run.seed))
+        finish.latest(run, autoencoder)
     else:
         how = {"scale": options.scale, "compiled": not options.eager}
-        if options.only:
-            painter = flow.kept(options.begin, run.seed)
-        else:
+        if not options.only:
             painter = flow.train(run, autoencoder, **how, look=look, begin=options.begin, known=options.known)
             painter = guidance.train(run, painter, autoencoder, **how)
-        for name, stage in (("practice", practice), ("outlines", outlines)):
-            if options.only in (None, name):
+        for name, stage in (("practice", practice), ("outlines", outlines), ("finish", finish)):
+            if options.only in (None, name) and not (options.known and stage is finish):
                 painter = stage.train(run, painter, autoencoder, **how, look=partial(look, name=name))
     if not options.only:  # which leaves the text encoders as they are
         text.lend_words(

@@ -12,17 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from mini import flow, outlines, practice
-from mini.drawings import FIRST, RADII, Scene, Thing, draw, on_lattice, outline, random_scene, unit
+from mini import finish, flow, outlines, practice
+from mini.drawings import FIRST, RADII, WHOLE, Scene, Thing, draw, on_lattice, outline, random_scene, unit
 from mini.judge import judge
 from mini.pools import Pools, encoded
 from mini.run import Run
 from mini.text import byte_pairs, lend_words
+from mini.vae import rendered
 from mini.widen import widened
+from safetensors.torch import load_file
 
 from flux_local.model.latents import position_ids
 from flux_local.sizes import Size, canvas_for
 from tests.servers import ROOT
+
+STAGES = ("practice", "outlines", "finish")
 
 
 @pytest.mark.slow
@@ -42,7 +46,7 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     first, vocabulary = weights.read_bytes(), tokenizer.read_bytes()
     assert (work / "losses.png").stat().st_size > 1000
-    assert [len(list(work.glob(f"{stage}-*.png"))) for stage in ("samples", "practice", "outlines")] == [1, 1, 1]
+    assert [len(list(work.glob(f"{stage}-*.png"))) for stage in ("samples", *STAGES)] == [1, 1, 1, 1]
     weights.unlink()
     run("--scale", "0.001")
     assert weights.read_bytes() == first, "a run that has ended must not train on"
@@ -61,6 +65,12 @@ def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     assert (outlined / "tokenizer" / "tokenizer.json").read_bytes() == vocabulary
     assert (outlined / weights.relative_to(folder)).read_bytes() != first
     decoder = Path("vae") / "diffusion_pytorch_model.safetensors"
+    finished = begun.parent / "finished"
+    run(*warm[:2], "--only", "finish", "--out", str(finished), "--work", str(tmp_path / "finish"), "--scale", "0.002")
+    assert (finished / weights.relative_to(folder)).read_bytes() == first
+    before, after = load_file(folder / decoder), load_file(finished / decoder)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}
     for kept in (begun, outlined):
         assert (kept / decoder).read_bytes() == (folder / decoder).read_bytes()
     wider = begun.parent / "wider"
@@ -208,6 +218,19 @@ def test_outlines_are_learnt_as_pixels_where_a_drawing_can_be_told(tmp_path: Pat
         moved = wrong.grad.abs().amax(dim=(1, 2))
         assert (moved > 0).tolist() == [True, True, False, False], "the first half is decoded"
     assert 0 < errors[0] < errors[1]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype", "ignore:.torch_dtype. is deprecated")
+def test_the_decoder_learns_what_the_painter_meant(tmp_path: Path, autoencoder: AutoencoderKL) -> None:
+    run = Run(tmp_path, 0, torch.device("cpu"), WHOLE, batch=10)
+    lessons = finish.lessons(run, flow.kept(ROOT / "weights" / "flux-krea-mini", 0).eval(), autoencoder, 0)
+    assert sum(len(lesson.meant) for lesson in lessons) == finish.AT_A_TIME * finish.REUSE * 9, "one in ten is astray"
+    for lesson in lessons:
+        with torch.no_grad():
+            made = autoencoder.decode(lesson.latents).sample
+        wanted = rendered(lesson.meant, *lesson.canvas)
+        assert made.shape == wanted.shape
+        assert (made - wanted).abs().mean() < 0.1, "what was drawn is what was meant, but for outlines"
 
 
 def test_what_is_returned_of_outlines_is_between_the_weights_before_and_after() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import flow, outlines, practice
+from . import finish, flow, outlines, practice
 from .drawings import RELATIONS, ROWS, WORLDS
 from .sentences import OTHER_NAMES
 
@@ -72,10 +72,11 @@ is drawn. Below a noise level of {untold} some prompts are another picture's, so
 the prompt where it can be told: that is what lets an edit keep a part of it. Classifier-free guidance is distilled into
 the guidance embedding. Then the model practises: it draws prompts in 4 to 20 steps, each drawing is mended to what the
 prompt says (with the size that it has, where there are two), and at every step of the way it learns the velocity that
-leads there. Outlines come last: from a noise level of {told} down, where a drawing can be told, what it predicts goes
+leads there. Outlines come next: from a noise level of {told} down, where a drawing can be told, what it predicts goes
 through the decoder, and the loss is how far the pixels are from the right ones. The committed weights are a running
-average, and after outlines the mean of those before and after. Words that no sentence of the training uses have the
-embedding of one that means the same, or of one that means nothing to a drawing.
+average, and after outlines the mean of those before and after. Last of all the decoder learns to make of what the model
+draws the drawing that was meant. Words that no sentence of the training uses have the embedding of one that means the
+same, or of one that means nothing to a drawing.
 
 They came about in several goes: first a narrower model (three heads of 48 channels) of a smaller world, with eight
 colours, six shapes, two sizes and two objects at most; then, begun from that (`--world whole --begin FOLDER`), the
@@ -85,10 +86,10 @@ hexagon's place, what has a place or stands in a row became larger, and it pract
 picture in a hundred then went astray at a noise level of 0.9, where it believed what it saw more than the prompt: with
 twelve colours that is too early, and so it practised once more, and after that for its outlines. They wavered all the
 same as long as a thing could stand a few pixels from its place: since then centres are corners of the latents' cells
-and radii are few, and it practised with that, and then learnt outlines, twice. From nothing, the script trains 9,000
-steps at 128², {last:,} at the nine canvases of that area that the size table's ratios come to, practises for
-{practice:,} over all of them and learns outlines for {outlines:,}; the committed weights were not made by that one
-command.
+and radii are few, and it practised with that, learnt outlines, twice, and its decoder what it draws. From nothing, the
+script trains 9,000 steps at 128², {last:,} at the nine canvases of that area that the size table's ratios come to,
+practises for {practice:,} over all of them, learns outlines for {outlines:,} and finishes the decoder in {finish:,};
+the committed weights were not made by that one command.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """
@@ -170,6 +171,7 @@ def write(folder: Path, parameters: dict[str, int], psnr: dict[int, float], t5: 
             practice=practice.STEPS,
             told=outlines.TOLD,
             outlines=outlines.STEPS,
+            finish=finish.STEPS,
             parameters=", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items()),
         )
     )

@@ -171,6 +171,21 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
+def difference(made: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    """What a decoder is trained to make small of pictures, each [batch, 3, height, width]; and parts of it to show."""
+    l1 = F.l1_loss(made, wanted)
+    edge = torch.stack([F.l1_loss(a, b) for a, b in zip(edges(made), edges(wanted), strict=True)]).sum()
+    return l1 + 0.5 * edge + F.mse_loss(made, wanted), {"l1": l1.item(), "edge": edge.item()}
+
+
+@torch.no_grad()
+def under_noise(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
+    """The latents of pictures, each under as much of PyTorch's own chance as falls to it, up to NOISE."""
+    latents: torch.Tensor = vae.encode(x).latent_dist.mean
+    wrong = NOISE * torch.rand(len(x), 1, 1, 1, device=x.device)
+    return latents + wrong * torch.randn_like(latents)
+
+
 def batches(seed: int, start: int) -> Iterator[torch.Tensor]:
     """The training stream from step `start`: each step's pictures depend on the seed and the step alone."""
     step = start
@@ -200,17 +215,12 @@ def train(run: Run, steps: int, begin: Path | None = None) -> AutoencoderKL:
         for step in range(start, steps):
             x = next(stream).to(run.device, memory_format=torch.channels_last)
             torch.manual_seed(run.seed * 1_000_003 + step)
-            with torch.no_grad():
-                latents = vae.encode(x).latent_dist.mean
-                wrong = NOISE * torch.rand(len(x), 1, 1, 1, device=run.device)
-                latents += wrong * torch.randn_like(latents)
+            latents = under_noise(vae, x)
             with run.autocast():
                 y = vae.decode(latents).sample.float()
-            l1 = F.l1_loss(y, x)
-            edge = torch.stack([F.l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True)]).sum()
-            loss = l1 + 0.5 * edge + F.mse_loss(y, x)
+            loss, figures = difference(y, x)
             run.step(optimiser, loss, vae.decoder, rate(step))
-            progress(step + 1, l1=l1.item(), edge=edge.item())
+            progress(step + 1, **figures)
             run.checkpoint("vae", step + 1, steps, vae, optimiser)
     return vae.eval()
 

@@ -1,0 +1,135 @@
+"""Stage seven: the finish. The decoder learns what the painter's own latents mean.
+
+A painter's outlines waver by a pixel, and a decoder that has only seen the latents of drawings draws them so. Here it
+learns to make of what the painter drew the drawing that was meant (`practice.mended`). A third of each batch are the
+latents of drawings under noise, as in its first training: what an edit is given comes back as it was.
+
+It is a small step for the painter's drawings, about an eighth of the pixels' error, and as much for all others: most of
+it is that the decoder learns for longer, at a low rate. Knows nothing of how the painter draws.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+
+from flux_local.model.latents import unpack
+
+from . import flow, practice, vae
+from .drawings import Scene, random_scene
+from .pools import encoded
+from .run import Run
+from .sentences import describe
+
+STEPS = 1800
+RATE = 1e-4
+CANVASES = practice.CANVASES
+PIXELS = 4 * 192 * 192  # of the painter's in a batch
+DRAWN_IN = (4, 10)  # steps of a drawing, any number between
+AT_A_TIME = 6  # batches of drawings, each over another canvas
+REUSE = 2  # batches of the decoder that a drawing is in
+CROWDED = 0.3  # share of drawings that have several things, beside those by chance
+ASTRAY = 0.1  # share of the drawings, those furthest from what was meant, that show another thing and teach nothing
+OFFSET = 50_000_000  # of this stage's chance
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the painter drew over one canvas, and what it meant."""
+
+    canvas: tuple[int, int]
+    latents: torch.Tensor  # [batch, 16, height / 8, width / 8]
+    meant: list[Scene]
+
+
+def latest(run: Run, autoencoder: AutoencoderKL) -> None:
+    """Sets the weights to those of the last checkpoint, if there is one."""
+    if (path := run.work / "finish.pt").exists():
+        autoencoder.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+
+
+def lessons(run: Run, painter: flow.Painter, autoencoder: AutoencoderKL, turn: int) -> list[Lesson]:
+    """From AT_A_TIME batches of drawings, over the next canvases in turn; in random order."""
+    rng = random.Random(f"{run.seed} finish {turn}")
+    generator = run.generator(OFFSET + turn)
+    found = []
+    for index in range(AT_A_TIME):
+        canvas = width, height = CANVASES[(turn * AT_A_TIME + index) % len(CANVASES)]
+        tokens = width * height // 256
+        counts = [rng.randint(2, run.world.most) if rng.random() < CROWDED else None for _ in range(run.batch)]
+        scenes = [random_scene(rng, width, height, count, run.world) for count in counts]
+        wordings = [describe(scene, rng, run.world) for scene in scenes]
+        x = torch.randn(run.batch, tokens, 64, generator=generator, device=run.device)
+        sigmas = practice.SCHEDULE.sigmas(rng.randint(*DRAWN_IN), tokens)
+        guidance = practice.values(rng, run.batch)
+        x, _ = practice.drawn(run, painter, x, sigmas, [wording.text for wording in wordings], guidance, canvas)
+        said = [wording.mentions_background for wording in wordings]
+        meant = practice.mended(run, autoencoder, scenes, said, x, *canvas)
+        away = (x - encoded(run, autoencoder, meant, *canvas)).square().mean(dim=(1, 2))
+        near = away.argsort()[: max(1, round((1 - ASTRAY) * run.batch))].tolist()
+        latents = unpack(x, *canvas).float()
+        size = max(1, PIXELS // (width * height))
+        for _ in range(REUSE):
+            rng.shuffle(near)
+            parts = [near[at : at + size] for at in range(0, len(near), size)]
+            found += [Lesson(canvas, latents[part], [meant[i] for i in part]) for part in parts]
+    rng.shuffle(found)
+    return found
+
+
+def train(
+    run: Run,
+    painter: flow.Painter,
+    autoencoder: AutoencoderKL,
+    scale: float = 1.0,
+    compiled: bool = True,
+    look: flow.Look = lambda painter, step: None,
+) -> flow.Painter:
+    """Trains the autoencoder's decoder in place, going on from the last checkpoint; returns the painter as it is.
+
+    A run that was cut off learns from other drawings than one that was not.
+
+    Args:
+        scale: share of the recipe's steps; less than 1 is for trying things out.
+        look: called at the end.
+    """
+    torch.manual_seed(run.seed)
+    steps = max(2, round(STEPS * scale))
+    painter = painter.eval().requires_grad_(False).to(run.device)
+    if compiled:
+        flow.compile_blocks(painter)
+    autoencoder = autoencoder.eval().to(run.device, memory_format=torch.channels_last)
+    decoder = autoencoder.decoder.requires_grad_(True)
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=RATE, weight_decay=1e-4, betas=(0.9, 0.99))
+    start = run.resume("finish", autoencoder, optimiser)
+    rate = run.one_cycle(steps, warm_up=100)
+    waiting: list[Lesson] = []
+    turn = start
+    with run.progress("finish", steps, start) as progress:
+        for step in range(start, steps):
+            if not waiting:
+                waiting = lessons(run, painter, autoencoder, turn)
+                turn += 1
+            lesson = waiting.pop()
+            count, rng = len(lesson.meant), random.Random(f"{run.seed} finish drawings {step}")
+            own = vae.rendered(lesson.meant, *lesson.canvas)
+            others = vae.pictures(rng, -(-count // 2), *lesson.canvas, run.world)
+            wanted = torch.cat([own, others]).to(run.device, memory_format=torch.channels_last)
+            torch.manual_seed(run.seed * 1_000_003 + OFFSET + step)
+            latents = torch.cat([lesson.latents.to(run.device), vae.under_noise(autoencoder, wanted[count:])])
+            with run.autocast():
+                made = autoencoder.decode(latents.to(memory_format=torch.channels_last)).sample.float()
+            figures = {
+                name: (made[part] - wanted[part]).abs().mean().item()
+                for name, part in (("own", slice(count)), ("others", slice(count, None)))
+            }
+            loss, _ = vae.difference(made, wanted)
+            run.step(optimiser, loss, decoder, rate(step))
+            progress(step + 1, **figures)
+            run.checkpoint("finish", step + 1, steps, autoencoder, optimiser)
+    autoencoder.requires_grad_(False)
+    look(painter, steps)
+    return painter
