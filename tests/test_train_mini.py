@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from mini import finish, flow, outlines, practice
-from mini.drawings import FIRST, RADII, WHOLE, Scene, Thing, draw, on_lattice, outline, random_scene, unit
+from mini.drawings import COLOURS, FIRST, RADII, WHOLE, Scene, Thing, draw, on_lattice, outline, random_scene, unit
 from mini.judge import judge
 from mini.pools import Pools, encoded
 from mini.run import Run
 from mini.text import byte_pairs, lend_words
-from mini.vae import rendered
+from mini.vae import psnr, rendered
 from mini.widen import widened
 from safetensors.torch import load_file
 
@@ -133,6 +134,26 @@ def mended(
     run = Run(folder, 0, torch.device("cpu"), FIRST)
     latents = encoded(run, vae, pictures, *canvas)
     return practice.mended(run, vae, scenes, [i % 2 == 0 for i in range(len(scenes))], latents, *canvas)
+
+
+def test_the_autoencoder_gives_drawings_back_crisp_and_without_halos(autoencoder: AutoencoderKL) -> None:
+    assert psnr(autoencoder, torch.device("cpu"), 128, WHOLE, count=32) >= 34
+    rng, beyond = random.Random(0), []
+    for _ in range(16):
+        scene = random_scene(rng, 128, 128, 1, WHOLE, pattern="plain")
+        drawing = rendered([scene], 128, 128)
+        with torch.no_grad():
+            back = autoencoder.decode(autoencoder.encode(drawing).latent_dist.mean).sample.clamp(-1, 1)
+        first, second = (
+            torch.tensor(COLOURS[name])[:, None, None] / 127.5 - 1
+            for name in (scene.background, scene.things[0].colour)
+        )
+        way = second - first
+        right, found = (((x[0] - first) * way).sum(0) / way.square().sum() for x in (drawing, back))  # from 0 to 1
+        low, high = (F.max_pool2d(sign * right[None], 5, 1, 2)[0] * sign for sign in (-1, 1))
+        beside = (high - low > 0) & ((right < 0.001) | (right > 0.999))  # of one colour, two pixels from the other
+        beyond.append(((-found).clamp(min=0) + (found - 1).clamp(min=0))[beside].mean().item())
+    assert sum(beyond) / len(beyond) < 0.01, "of the difference between both colours"
 
 
 def test_practice_goes_over_every_canvas_that_the_model_may_be_asked_for() -> None:
