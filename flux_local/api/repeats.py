@@ -60,13 +60,13 @@ class Repeats:
         key = key_of(request)
         if key is None:
             return await make(seconds, lambda answer: None)
-        id = request.scope.get("request_id", "")
+        place, began, waited = (owner, route, key), time.monotonic(), False
 
         def keep(answer: Response) -> Reply:
             headers = {name: value for name, value in answer.headers.items() if name not in OWN_HEADERS}
+            id = request.scope["request_id"]
             return Reply(*place, id, fingerprint, answer.status_code, headers, bytes(answer.body))
 
-        place, began, waited = (owner, route, key), time.monotonic(), False
         while (running := self.running.get(place)) is not None:
             same(running[0], fingerprint)
             waited = True

@@ -4,8 +4,8 @@ A painter's outlines waver by a pixel, and a decoder that has only seen the late
 learns to make of what the painter drew the drawing that was meant (`practice.mended`). A third of each batch are the
 latents of drawings under noise, as in its first training: what an edit is given comes back as it was.
 
-It is a small step for the painter's drawings, about an eighth of the pixels' error, and as much for all others: most of
-it is that the decoder learns for longer, at a low rate. Knows nothing of how the painter draws.
+It is a small step, an eighth of the pixels' error. How much of it is that the decoder learns for longer, at a low rate,
+was not told apart: drawings' own latents gain as much. Knows nothing of how the painter draws.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from diffusers import AutoencoderKL
 from flux_local.model.latents import unpack
 
 from . import flow, practice, vae
-from .drawings import Scene, random_scene
+from .drawings import Scene
 from .pools import encoded
 from .run import Run
-from .sentences import describe
 
 STEPS = 1800
 RATE = 1e-4
@@ -31,7 +30,6 @@ PIXELS = 4 * 192 * 192  # of the painter's in a batch
 DRAWN_IN = (4, 10)  # steps of a drawing, any number between
 AT_A_TIME = 6  # batches of drawings, each over another canvas
 REUSE = 2  # batches of the decoder that a drawing is in
-CROWDED = 0.3  # share of drawings that have several things, beside those by chance
 ASTRAY = 0.1  # share of the drawings, those furthest from what was meant, that show another thing and teach nothing
 OFFSET = 50_000_000  # of this stage's chance
 
@@ -59,9 +57,7 @@ def lessons(run: Run, painter: flow.Painter, autoencoder: AutoencoderKL, turn: i
     for index in range(AT_A_TIME):
         canvas = width, height = CANVASES[(turn * AT_A_TIME + index) % len(CANVASES)]
         tokens = width * height // 256
-        counts = [rng.randint(2, run.world.most) if rng.random() < CROWDED else None for _ in range(run.batch)]
-        scenes = [random_scene(rng, width, height, count, run.world) for count in counts]
-        wordings = [describe(scene, rng, run.world) for scene in scenes]
+        scenes, wordings = practice.asked(run, rng, *canvas)
         x = torch.randn(run.batch, tokens, 64, generator=generator, device=run.device)
         sigmas = practice.SCHEDULE.sigmas(rng.randint(*DRAWN_IN), tokens)
         guidance = practice.values(rng, run.batch)

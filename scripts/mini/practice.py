@@ -47,7 +47,7 @@ from .drawings import (
 )
 from .pools import Pools, encoded
 from .run import Run
-from .sentences import describe
+from .sentences import Wording, describe
 from .vae import CHANNELS, COLOUR_AXES, MEASURED, WANTED
 
 STEPS = 8500
@@ -169,6 +169,13 @@ def mended(
     ]
 
 
+def asked(run: Run, rng: random.Random, width: int, height: int) -> tuple[list[Scene], list[Wording]]:
+    """A batch of scenes, CROWDED more often than by chance, and how each is worded."""
+    counts = [rng.randint(2, run.world.most) if rng.random() < CROWDED else None for _ in range(run.batch)]
+    scenes = [random_scene(rng, width, height, count, run.world) for count in counts]
+    return scenes, [describe(scene, rng, run.world) for scene in scenes]
+
+
 def noise_levels(rng: random.Random, tokens: int) -> list[float]:
     """Those of a drawing in any number of steps, half of the time with each moved by up to half-way to the next."""
     exact = SCHEDULE.sigmas(rng.randint(*DRAWN_IN), tokens)
@@ -208,9 +215,7 @@ def lessons(run: Run, painter: flow.Painter, vae: AutoencoderKL, turn: int) -> l
     found = []
     for index in range(AT_A_TIME):
         canvas = width, height = CANVASES[(turn * AT_A_TIME + index) % len(CANVASES)]
-        counts = [rng.randint(2, run.world.most) if rng.random() < CROWDED else None for _ in range(run.batch)]
-        scenes = [random_scene(rng, width, height, count, run.world) for count in counts]
-        wordings = [describe(scene, rng, run.world) for scene in scenes]
+        scenes, wordings = asked(run, rng, *canvas)
         prompts = [wording.text for wording in wordings]
         guidance = values(rng, run.batch)
         sigmas = noise_levels(rng, width * height // 256)
