@@ -223,6 +223,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="toy sizes: a test of this script")
     parser.add_argument("--tiers", default=",".join(memory.TIERS), help="which to load, by commas")
+    parser.add_argument("--servers", default=",".join(SERVERS), help="which to ask over HTTP, by commas")
     parser.add_argument("--folder", type=Path, help="where to write the model, 36 GB (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="also write the JSON document here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -267,14 +268,15 @@ def main() -> int:
             say(json.dumps(found[-1]))
             write()
         kinds = SMALL_BODIES if options.small else BODIES
-        for name, flags in SERVERS.items():
+        for name in filter(None, options.servers.split(",")):
+            flags = SERVERS[name]
             wanted = {kind: body for kind, body in kinds.items() if not flags or "go_fast" in body}
             server[name] = served(folder, options.device, flags, wanted)
             say(f"{name}: {json.dumps(server[name])}")
             write()
     failed = [f"{one['tier']}: {one['failed']}" for one in found if "failed" in one]
     failed += [reason for one in found if "failed" not in one and not options.small for reason in judge(one)]
-    if "failed" in server["served"]:
+    if "failed" in server.get("served", {}):
         failed.append(f"served: {server['served']['failed']}")
     say(f"\n{'tier':10}{'load s':>8}{'s a GB':>8}{'host GB':>9}{'planned':>9}{'peak GB':>9}{'reserved':>10}")
     for one in found:

@@ -13,20 +13,21 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
 from flux_local.model.latents import unpack
 
 from . import flow, practice, vae
-from .drawings import Scene
-from .pools import encoded
+from .drawings import random_scene
+from .pools import drawings, latents_of
 from .run import Run
 
 STEPS = 1800
 RATE = 1e-4
 CANVASES = practice.CANVASES
-PIXELS = 4 * 192 * 192  # of the painter's in a batch
+PIXELS = 192 * 192 // 12  # of the painter's in a batch, for each picture that a step of the transformer has
 DRAWN_IN = (4, 10)  # steps of a drawing, any number between
 AT_A_TIME = 6  # batches of drawings, each over another canvas
 REUSE = 2  # batches of the decoder that a drawing is in
@@ -36,11 +37,11 @@ OFFSET = 50_000_000  # of this stage's chance
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the painter drew over one canvas, and what it meant."""
+    """What the painter drew over one canvas, what it meant, and other drawings of the size."""
 
-    canvas: tuple[int, int]
     latents: torch.Tensor  # [batch, 16, height / 8, width / 8]
-    meant: list[Scene]
+    meant: np.ndarray  # uint8 [batch, height, width, 3]
+    others: np.ndarray  # half as many drawings that are not its own
 
 
 def latest(run: Run, autoencoder: AutoencoderKL) -> None:
@@ -64,14 +65,19 @@ def lessons(run: Run, painter: flow.Painter, autoencoder: AutoencoderKL, turn: i
         x, _ = practice.drawn(run, painter, x, sigmas, [wording.text for wording in wordings], guidance, canvas)
         said = [wording.mentions_background for wording in wordings]
         meant = practice.mended(run, autoencoder, scenes, said, x, *canvas)
-        away = (x - encoded(run, autoencoder, meant, *canvas)).square().mean(dim=(1, 2))
+        drawn = list(drawings(run, meant, *canvas))
+        away = (x - latents_of(run, autoencoder, drawn)).square().mean(dim=(1, 2))
         near = away.argsort()[: max(1, round((1 - ASTRAY) * run.batch))].tolist()
-        latents = unpack(x, *canvas).float()
-        size = max(1, PIXELS // (width * height))
+        latents, pictures = unpack(x, *canvas).float(), np.concatenate(drawn)
+        size = max(1, run.batch * PIXELS // (width * height))
+        parts = []
         for _ in range(REUSE):
             rng.shuffle(near)
-            parts = [near[at : at + size] for at in range(0, len(near), size)]
-            found += [Lesson(canvas, latents[part], [meant[i] for i in part]) for part in parts]
+            parts += [near[at : at + size] for at in range(0, len(near), size)]
+        counts = [-(-len(part) // 2) for part in parts]
+        more = [random_scene(rng, *canvas, world=run.world) for _ in range(sum(counts))]
+        others = np.split(np.concatenate(list(drawings(run, more, *canvas))), np.cumsum(counts)[:-1])
+        found += [Lesson(latents[part], pictures[part], other) for part, other in zip(parts, others, strict=True)]
     rng.shuffle(found)
     return found
 
@@ -110,12 +116,11 @@ def train(
                 waiting = lessons(run, painter, autoencoder, turn)
                 turn += 1
             lesson = waiting.pop()
-            count, rng = len(lesson.meant), random.Random(f"{run.seed} finish drawings {step}")
-            own = vae.rendered(lesson.meant, *lesson.canvas)
-            others = vae.pictures(rng, -(-count // 2), *lesson.canvas, run.world)
-            wanted = torch.cat([own, others]).to(run.device, memory_format=torch.channels_last)
+            count = len(lesson.meant)
+            wanted = vae.as_tensor(np.concatenate([lesson.meant, lesson.others]), run.device)
+            wanted = wanted.contiguous(memory_format=torch.channels_last)
             torch.manual_seed(run.seed * 1_000_003 + OFFSET + step)
-            latents = torch.cat([lesson.latents.to(run.device), vae.under_noise(autoencoder, wanted[count:])])
+            latents = torch.cat([lesson.latents, vae.under_noise(autoencoder, wanted[count:])])
             with run.autocast():
                 made = autoencoder.decode(latents.to(memory_format=torch.channels_last)).sample.float()
             figures = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 
@@ -40,16 +40,25 @@ def drawings(run: Run, scenes: list[Scene], width: int, height: int) -> Iterator
     return there(painted, parts, repeat(width), repeat(height))
 
 
-@torch.no_grad()
 def encoded(run: Run, vae: AutoencoderKL, scenes: list[Scene], width: int, height: int) -> torch.Tensor:
     """Scaled latents of the scenes' drawings, packed: [scenes, tokens, 64]."""
-    parts = []
-    for pixels in drawings(run, scenes, width, height):
-        x = as_tensor(pixels)
+    return latents_of(run, vae, drawings(run, scenes, width, height))
+
+
+@torch.no_grad()
+def latents_of(run: Run, vae: AutoencoderKL, parts: Iterable[np.ndarray]) -> torch.Tensor:
+    """Scaled latents of drawings, packed: [pictures of all parts, tokens, 64].
+
+    Args:
+        parts: each uint8 [part, height, width, 3].
+    """
+    found = []
+    for pixels in parts:
+        x = as_tensor(pixels, run.device).contiguous(memory_format=torch.channels_last)
         with run.autocast():
-            mean = vae.encode(x.to(run.device, memory_format=torch.channels_last)).latent_dist.mean
-        parts.append(pack((mean.float() - vae.config.shift_factor) * vae.config.scaling_factor))
-    return torch.cat(parts)
+            mean = vae.encode(x).latent_dist.mean
+        found.append(pack((mean.float() - vae.config.shift_factor) * vae.config.scaling_factor))
+    return torch.cat(found)
 
 
 class Pool:

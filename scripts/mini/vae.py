@@ -157,9 +157,9 @@ def rendered(scenes: list[Scene], width: int, height: int) -> torch.Tensor:
     return as_tensor(painted(scenes, width, height))
 
 
-def as_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 [pictures, height, width, 3] → [pictures, 3, height, width] in −1 … 1."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+def as_tensor(pixels: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+    """uint8 [pictures, height, width, 3] → [pictures, 3, height, width] in −1 … 1, channels last."""
+    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def pictures(rng: random.Random, count: int, width: int, height: int, world: World = WHOLE) -> torch.Tensor:
