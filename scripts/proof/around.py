@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import time
-import zlib
 from collections.abc import Callable
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from flux_local import png
 from flux_local.model.autoencoder import AutoencoderKL
 from flux_local.model.denoiser import Denoiser
 from flux_local.model.graphs import Graphs, recorded
@@ -25,7 +24,7 @@ from .bench import Bench, say
 
 def around(bench: Bench) -> None:
     """What lies around the steps, then whole pictures: prompt, steps, decoding, PNG."""
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(**bench.scale.t5, feed_forward_proj="gated-gelu")
@@ -65,9 +64,7 @@ def around(bench: Bench) -> None:
                 while pictures[0].steps_left:
                     denoiser.advance(pictures)
                 pixels = vae.decode(pictures[0].latents, side, side)
-                Image.frombytes("RGB", (side, side), pixels).save(
-                    io.BytesIO(), "PNG", compress_level=1, compress_type=zlib.Z_RLE
-                )
+                png.encode(Image.frombytes("RGB", (side, side), pixels), PngImagePlugin.PngInfo())
                 taken.append(time.perf_counter() - began)
             whole[name] = min(taken)
             say(f"  whole picture, {name}, {bench.scale.steps} steps: {whole[name]:.3f} s")
