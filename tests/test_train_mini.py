@@ -19,7 +19,7 @@ from mini.judge import judge
 from mini.pools import Pools, encoded
 from mini.run import Run
 from mini.text import byte_pairs, lend_words
-from mini.vae import psnr, rendered
+from mini.vae import as_tensor, psnr, rendered
 from mini.widen import widened
 from safetensors.torch import load_file
 
@@ -249,9 +249,27 @@ def test_the_decoder_learns_what_the_painter_meant(tmp_path: Path, autoencoder: 
     for lesson in lessons:
         with torch.no_grad():
             made = autoencoder.decode(lesson.latents).sample
-        wanted = rendered(lesson.meant, *lesson.canvas)
+        wanted = as_tensor(lesson.meant)
         assert made.shape == wanted.shape
         assert (made - wanted).abs().mean() < 0.1, "what was drawn is what was meant, but for outlines"
+
+
+def test_the_finish_wants_edges_as_steep_as_they_are_wherever_they_lie() -> None:
+    scene = Scene("blue", (Thing("red", "star", "large", (0.5, 0.5), 0.33),))
+    right = rendered([scene], 128, 128)
+    moved = right.roll(1, 3)
+    kernel = torch.full((3, 1, 3, 3), 1 / 9)
+    soft = F.conv2d(F.pad(right, (1, 1, 1, 1), "replicate"), kernel, groups=3)
+    halos = right + 0.5 * (right - soft)
+    steep = finish.steepest(right)
+
+    def off(made: torch.Tensor) -> float:
+        return float((finish.steepest(made) - steep).abs().mean() / steep.mean())
+
+    assert off(right) == 0
+    assert off(moved) < min(off(soft), off(halos))
+    losses = [float(finish.difference(made, right)) for made in (right, soft, halos)]
+    assert losses[0] == min(losses) and losses.count(losses[0]) == 1
 
 
 def test_what_is_returned_of_outlines_is_between_the_weights_before_and_after() -> None:
