@@ -248,6 +248,8 @@ def load(
                 fast = Denoiser(in_fp8(own, attention=fp8_attention), denoiser.pace)
         vae = Autoencoder(autoencoder(checkpoint, device, dtype), ops, plan.tile_above)
     schedule = FlowSchedule.of(checkpoint.scheduler())
+    if device != "cpu":
+        memory.free()  # what the kernels' trials and weights on their way took is in no plan
     return Pipeline(text, denoiser, vae, schedule, fast, None if plain else Adapters(weights), plan)
 
 
