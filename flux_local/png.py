@@ -1,4 +1,4 @@
-"""PNG files (ISO/IEC 15948) of RGB pictures, in less than half of the time that Pillow takes for them.
+"""PNG files (ISO/IEC 15948) of RGB pictures, in half the time that Pillow takes for them.
 
 Knows nothing of what is in a picture.
 """

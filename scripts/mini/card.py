@@ -67,16 +67,16 @@ By `scripts/train_mini.py` with seed 0, from drawings that the script makes itse
 {stages}
 
 The autoencoder's encoder is written down, not trained: its sixteen channels are moments of 8×8 blocks. Its decoder is
-trained under noise. Two fifths of the transformer's noise levels are from 0.9 to 1, where the prompt alone decides what
-is drawn. Below a noise level of {untold} some prompts are another picture's, so that a picture is believed more than
-the prompt where it can be told: that is what lets an edit keep a part of it. Classifier-free guidance is distilled into
-the guidance embedding. Then the model practises: it draws prompts in 4 to 20 steps, each drawing is mended to what the
-prompt says (with the size that it has, where there are two), and at every step of the way it learns the velocity that
-leads there. Outlines come next: from a noise level of {told} down, where a drawing can be told, what it predicts goes
-through the decoder, and the loss is how far the pixels are from the right ones. The committed weights are a running
-average, and after outlines the mean of those before and after. Last of all the decoder learns to make of what the model
-draws the drawing that was meant. Words that no sentence of the training uses have the embedding of one that means the
-same, or of one that means nothing to a drawing.
+trained under noise. Two fifths of the transformer's noise levels are from 0.9 to 1, where the prompt alone decides
+what is drawn. Below a noise level of {untold} some prompts are another picture's, so that a picture is believed more
+than the prompt where it can be told: that is what lets an edit keep a part of it. Classifier-free guidance is
+distilled into the guidance embedding. Then the model practises: it draws prompts in 4 to 20 steps, each drawing is
+mended to what the prompt says (with the size that it has, where there are two), and at every step of the way it learns
+the velocity that leads there. Outlines come next: from a noise level of {told} down, where a drawing can be told, what
+it predicts goes through the decoder, and the loss is how far the pixels are from the right ones. The committed weights
+are a running average, and after outlines the mean of those before and after. Last of all the decoder learns to make of
+what the model draws the drawing that was meant, with edges as steep as the drawing's. Words that no sentence of the
+training uses have the embedding of one that means the same, or of one that means nothing to a drawing.
 
 They came about in several goes: first a narrower model (three heads of 48 channels) of a smaller world, with eight
 colours, six shapes, two sizes and two objects at most; then, begun from that (`--world whole --begin FOLDER`), the
@@ -86,10 +86,11 @@ hexagon's place, what has a place or stands in a row became larger, and it pract
 picture in a hundred then went astray at a noise level of 0.9, where it believed what it saw more than the prompt: with
 twelve colours that is too early, and so it practised once more, and after that for its outlines. They wavered all the
 same as long as a thing could stand a few pixels from its place: since then centres are corners of the latents' cells
-and radii are few, and it practised with that, learnt outlines, twice, and its decoder what it draws. From nothing, the
-script trains 9,000 steps at 128², {last:,} at the nine canvases of that area that the size table's ratios come to,
-practises for {practice:,} over all of them, learns outlines for {outlines:,} and finishes the decoder in {finish:,};
-the committed weights were not made by that one command.
+and radii are few, and it practised with that, learnt outlines, three times, the last on a GPU, and its decoder what it
+draws, three times as well, only the last of them with steep edges. From nothing, the script trains 9,000 steps at
+128², {last:,} at the nine canvases of that area that the size table's ratios come to, practises for {practice:,} over
+all of them, learns outlines for {outlines:,} and finishes the decoder in {finish:,}; the committed weights were not
+made by that one command.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """

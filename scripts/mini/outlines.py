@@ -27,7 +27,7 @@ from flux_local.model.latents import unpack
 from . import flow, practice
 from .pools import Pools
 from .practice import Lesson
-from .run import Run
+from .run import Run, between
 from .sentences import describe
 
 STEPS = 1600
@@ -88,14 +88,6 @@ def seen(run: Run, vae: AutoencoderKL, predicted: torch.Tensor, lesson: Lesson) 
     with torch.no_grad():
         right = pixels(run, vae, noisy - sigma * lesson.wanted[some].to(run.device), lesson.canvas)
     return (made - right).abs().mean()
-
-
-def between(first: flow.Painter, second: flow.Painter, share: float) -> flow.Painter:
-    """The second with its weights moved to (1 − share)·first + share·second."""
-    with torch.no_grad():
-        for old, new in zip(first.parameters(), second.parameters(), strict=True):
-            new.lerp_(old.to(new.device), 1 - share)
-    return second
 
 
 def train(

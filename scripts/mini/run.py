@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -23,6 +23,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .drawings import WHOLE, World
 
 CHECKPOINT_EVERY = 250
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+def between(first: M, second: M, share: float) -> M:
+    """The second with its weights moved to (1 − share)·first + share·second."""
+    with torch.no_grad():
+        for old, new in zip(first.parameters(), second.parameters(), strict=True):
+            new.lerp_(old.to(new.device), 1 - share)
+    return second
 
 
 def bf16_is_fast(device: torch.device) -> bool:
