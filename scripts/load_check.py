@@ -121,8 +121,9 @@ def load_once(folder: Path, device: str, tier: memory.Tier, side: int, born: flo
             memory.Sizes.of(checkpoint), memory.room(device), tier=tier, largest=side * side,
             emulated=not has_products(device), host_room=memory.host_room(),
         )  # fmt: skip
-        whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (1 + WITHIN) * plan.needed / whole), torch.device(device))
+        at = torch.device(device).index
+        whole = torch.cuda.get_device_properties(at).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (1 + WITHIN) * plan.needed / whole), at)
     with Watch() as watch:
         began = time.perf_counter()
         pipeline = load(checkpoint, device, tier=tier, largest=side * side)
