@@ -32,6 +32,7 @@ from tests.servers import Server, pictures, running
 SIDE = 192
 SCENE = Scene("yellow", (Thing("blue", "circle", "large", (0.5, 0.5), 0.33),))
 EDITS = "/v1/images/edits"
+FORM, FIELD = "multipart/form-data; boundary=B", b'--B\r\nContent-Disposition: form-data; name="%s\r\n\r\n'
 
 
 def saved(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -149,12 +150,21 @@ def test_only_pictures_may_be_large(server: Server) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
-def test_what_is_no_picture_is_counted_while_it_comes(server: Server) -> None:
+@pytest.mark.parametrize(
+    ("kind", "begin", "enough"),
+    [("application/json", b'{"prompt": "', 1_000_000),
+     (FORM, FIELD % b'prompt"', 1_000_000),
+     (FORM, FIELD % b'prompt"' + b"x" * 500_000 + b"\r\n" + FIELD % b'notes"', 500_000),
+     (FORM, FIELD % b'image"; filename="a.png"', 50_000_000)],
+)  # fmt: skip
+def test_what_may_not_be_so_large_is_counted_while_it_comes(
+    server: Server, kind: str, begin: bytes, enough: int
+) -> None:
     host, port = server.url.removeprefix("http://").split(":")
-    head = b"POST /v1/images/edits HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(head + b'content-length: 60000000\r\n\r\n{"prompt": "' + b"a red circle " * 90_000)
-        assert b" 413 " in connection.recv(1000).split(b"\r\n")[0], "with 58 MB still to come"
+    head = f"POST {EDITS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\ncontent-length: 60000000\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head.encode() + begin + b"a red circle " * (enough // 13 + 100))
+        assert b" 413 " in connection.recv(1000).split(b"\r\n")[0], "with megabytes still to come"
 
 
 def test_a_picture_is_known_in_however_many_parts_it_comes() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
@@ -33,6 +33,7 @@ from flux_local.plan import Source
 BODY_LIMIT = 64_000_000
 IMAGE_LIMIT = 50_000_000
 PARTS = 64
+PICTURES = ("image", "mask")
 PARSING = asyncio.Semaphore(2)
 """JSON bodies with pictures that are taken apart at a time: each needs several times its size for a moment."""
 
@@ -86,13 +87,13 @@ def checked(route: Route, raw: dict[str, Any], images: Sequence[File], masks: Se
     if len(masks) > 1:
         raise InvalidValue("Send one mask.", param="mask")
     for name, file in (("image", images[0]), *(("mask", mask) for mask in masks)):
-        if size_of(file) > IMAGE_LIMIT:
-            raise RequestTooLarge(f"An image may have at most {IMAGE_LIMIT:,} bytes.", param=name)
+        if isinstance(file, bytes) and len(file) > IMAGE_LIMIT:  # a form's files are counted as they come in
+            raise image_too_large(name)
     return Upload(raw, images[0], masks[0] if masks else None)
 
 
-def size_of(file: File) -> int:
-    return len(file) if isinstance(file, bytes) else file.size or 0
+def image_too_large(name: str | None) -> RequestTooLarge:
+    return RequestTooLarge(f"An image may have at most {IMAGE_LIMIT:,} bytes.", param=name)
 
 
 async def bytes_of(file: File) -> bytes:
@@ -103,6 +104,36 @@ Sent = tuple[dict[str, Any], Sequence[File], Sequence[File]]
 """Parameters, images, masks."""
 
 
+class Parts(MultiPartParser):
+    """A form's parts, counted as they come in: each file, all text together, and the memory of what is no file."""
+
+    def __init__(self, request: Request, take: Callable[[int], None]) -> None:
+        """
+        Args:
+            take: called for memory.
+        """
+        super().__init__(request.headers, request.stream(), max_files=PARTS, max_fields=PARTS, max_part_size=BODY_LIMIT)
+        self.take = take
+        self.part = self.text = 0
+
+    def on_part_begin(self) -> None:
+        super().on_part_begin()
+        self.part = 0
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        """Raises `RequestTooLarge`, and what `take` raises."""
+        name, is_file = plain(self._current_part.field_name), self._current_part.file is not None
+        self.part += end - start
+        if is_file and self.part > IMAGE_LIMIT:
+            raise image_too_large(name if name in PICTURES else None)
+        if not is_file:
+            self.take(end - start)
+            self.text += 0 if name in PICTURES else end - start
+        if self.text > bodies.JSON_LIMIT:
+            raise RequestTooLarge(bodies.WITHOUT_PICTURES)
+        super().on_part_data(data, start, end)
+
+
 async def from_multipart(request: Request, stack: contextlib.AsyncExitStack) -> Sent:
     """Fields and files of a form, counted while they come in; `image`, `image[]` and repeats of either are one list.
 
@@ -110,18 +141,15 @@ async def from_multipart(request: Request, stack: contextlib.AsyncExitStack) -> 
         stack: keeps the files, and the share of the memory of pictures in fields, until it closes.
     """
     fields: dict[str, str] = {}
-    files: dict[str, list[File]] = {"image": [], "mask": []}
+    files: dict[str, list[File]] = {name: [] for name in PICTURES}
     adapters: dict[str, list[str]] = {"path": [], "scale": []}
     unknown: list[str] = []
     take = stack.enter_context(bodies.MEMORY.share())
     try:
         async with bodies.arriving(BODY_LIMIT) as count:
-            form = await stack.enter_async_context(
-                Request(in_latin_1(request), counted(request, count)).form(
-                    max_files=PARTS, max_fields=PARTS, max_part_size=BODY_LIMIT
-                )
-            )
-    except HTTPException as error:
+            form = await Parts(Request(in_latin_1(request), counted(request, count)), take).parse()
+            stack.push_async_callback(form.close)
+    except MultiPartException as error:
         raise InvalidValue(
             "The multipart body is malformed or has too many parts. Check how it was made; the header Content-Type "
             "must name its boundary, as clients do by themselves."
@@ -131,10 +159,6 @@ async def from_multipart(request: Request, stack: contextlib.AsyncExitStack) -> 
             "The server has no room for the upload. Send the picture as JSON, or free space on the server."
         ) from error
     named = [(utf_8(name), value) for name, value in form.multi_items()]
-    if sum(len(value) for name, value in named if isinstance(value, str) and plain(name) not in files) > (
-        bodies.JSON_LIMIT
-    ):
-        raise RequestTooLarge(bodies.WITHOUT_PICTURES)
     for full, value in named:
         name = plain(full)
         if isinstance(value, UploadFile):
@@ -145,7 +169,6 @@ async def from_multipart(request: Request, stack: contextlib.AsyncExitStack) -> 
         elif (part := ADAPTER.fullmatch(full)) is not None:
             adapters[part[1] or "path"].append(utf_8(value))
         elif name in files and value:
-            take(len(value))
             async with PARSING:
                 files[name].append(await asyncio.to_thread(from_field, value, name))
         elif name not in files:
