@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import flux_local
 from flux_local import config
 from flux_local.config import BOOLEAN
-from flux_local.download import REPOSITORY
 from flux_local.errors import FluxError, StartError
 from flux_local.forms import NO, YES
 from flux_local.model.checkpoint import TOKENIZERS
 from flux_local.parameters import PARAMETERS, Parameter
+from flux_local.weights import REPOSITORY
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

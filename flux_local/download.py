@@ -23,7 +23,6 @@ import flux_local
 from flux_local import weights
 from flux_local.errors import WeightsError
 
-REPOSITORY = "black-forest-labs/FLUX.1-Krea-dev"
 SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors"})
 SPARE = 1 << 30
 """Bytes to leave free on the disk."""

@@ -21,6 +21,8 @@ from flux_local.steps import Masks
 INFO = "flux-local.json"
 KREA = ModelInfo("FLUX.1-Krea-dev", CanvasRange(100_000, 4_200_000), 28, 4.5)
 """What applies to a FLUX.1 folder without a file of its own."""
+REPOSITORY = "black-forest-labs/FLUX.1-Krea-dev"
+"""Where a hub has it."""
 MANIFEST = "manifest.json"
 """What a download brought: each file's size and hash."""
 TOKENIZERS = ("FLUX.1-Krea-dev", "FLUX.1-dev", "FLUX.1-schnell")

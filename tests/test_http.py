@@ -302,7 +302,8 @@ class TestErrors:
         self.check(httpx.get(server.url + GENERATIONS), 405, "method_not_allowed")
         self.check(httpx.post(server.url + GENERATIONS, data={"prompt": "x"}), 415, "unsupported_media_type")
         self.check(server.post({"prompt": "x" * 1_100_000}), 413, "request_too_large")
-        self.check(httpx.get(server.url + "/v1/models/nothing"), 404, "model_not_found")
+        for name in ("nothing", "makers/Model", "makers%2FModel"):
+            self.check(httpx.get(f"{server.url}/v1/models/{name}"), 404, "model_not_found")
         for name in ("..%2f..%2fetc%2fpasswd", "%00", "x" * 5000, "a" * 32 + ".png", "." + "a" * 31 + ".png"):
             self.check(httpx.get(f"{server.url}/v1/images/files/{name}"), 404, "not_found")
 

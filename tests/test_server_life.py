@@ -261,13 +261,18 @@ def test_until_it_is_ready_it_says_so(tmp_path: Path) -> None:
             return None
 
         eventually(lambda: refused() is not None)
-        for answer in (refused(), server.post(QUICK), server.post("not even read", "/v1/images/edits")):
+        later = {"prefer": "respond-async", "idempotency-key": "once"}
+        for answer in (
+            refused(), server.post(QUICK), server.post({**QUICK, "stream": True}), server.post(QUICK, headers=later),
+            server.post("not even read", "/v1/images/edits"),
+        ):  # fmt: skip
             assert answer is not None
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
             assert int(answer.headers["retry-after"]) > 0
         assert httpx.get(server.url + "/health").status_code == 200
         server.wait_ready()
         assert server.post(QUICK).status_code == 200
+        assert server.post(QUICK, headers=later).status_code == 202, "what was refused is not kept"
 
 
 def test_urls_of_the_public_address_until_they_expire(tmp_path: Path) -> None:

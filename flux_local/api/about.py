@@ -24,7 +24,7 @@ def model_routes(services: Services) -> APIRouter:
         names = dict.fromkeys((PUBLIC_NAME, services.model.name))
         return {"object": "list", "data": [model_object(services, request, name) for name in names]}
 
-    @routes.get("/models/{name}", responses=schema.answers(schema.MODEL))
+    @routes.get("/models/{name:path}", responses=schema.answers(schema.MODEL))
     async def model(request: Request, name: str) -> dict[str, Any]:
         """One model. `?schema=true` adds the parameters."""
         if not services.model.answers_to(name):

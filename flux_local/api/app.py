@@ -28,7 +28,8 @@ from flux_local.metrics import Metrics
 PREFIXES = ("/v1", "/openai/v1", "")
 EXPOSED = (
     "x-request-id", "x-flux-seed", "x-flux-precision", "x-flux-attention", "x-flux-acceleration",
-    "x-flux-ignored-params", "x-flux-prompt-truncated", "idempotent-replayed", "retry-after", "location",
+    "x-flux-ignored-params", "x-flux-prompt-truncated", "idempotent-replayed", "retry-after", "x-should-retry",
+    "location",
 )  # fmt: skip
 """Headers that a page of another origin may read."""
 

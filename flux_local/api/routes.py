@@ -121,10 +121,10 @@ async def answer(request: Request, requests: Requests, route: Route, work: Work,
             name = "stream" if work.params.stream else "sync_mode"
             raise InvalidValue(f"'{name}' does not go with 'Prefer: respond-async'; leave one out.", param=name)
         location = f"{work.base_url}/v1/images/requests/{work.id}"
-        headers = {"location": location, "preference-applied": "respond-async", **work.headers()}
+        headers = {"location": location, "preference-applied": "respond-async"}
 
         def promised(entry: Entry) -> Response:
-            return JSON(requests.view(entry), 202, headers)
+            return JSON(requests.view(entry), 202, {**headers, **work.headers()})
 
         return promised(await requests.start(work, route, lambda entry: keep(promised(entry))))
     if work.params.stream:
@@ -141,7 +141,7 @@ def deadline_of(request: Request, limit: float) -> float:
     text = request.headers.get("x-request-timeout")
     if text is None:
         return time.monotonic() + limit
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", text) or float(text) == 0:
         raise InvalidValue("The header 'X-Request-Timeout' takes seconds, like 30 or 2.5.", param="X-Request-Timeout")
     return time.monotonic() + min(float(text), limit)
 
