@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import io
 import resource
+import signal
 import struct
 import sys
 import warnings
@@ -98,7 +99,7 @@ class SafeDecoder:
     async def _start(self) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             sys.executable, "-m", "flux_local.decoder", stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
 
@@ -152,6 +153,8 @@ def flattened(picture: Image.Image) -> Image.Image:
 
 
 def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # for the server, which ends in order and this with it
+        signal.signal(number, signal.SIG_IGN)
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

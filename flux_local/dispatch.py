@@ -36,6 +36,8 @@ REFUSED_FOR = 3600.0
 """Seconds for which a request that brought down so many is refused."""
 BATCH_GAIN = 0.5
 """What pictures that share steps cost at least, of what they cost alone."""
+UNLIKELY = 4.0
+"""Times the usual price of a token: what a step took beyond that, the machine stood still."""
 OUTSIDE_FALLS = 3
 """Engines that somebody else (the kernel, for want of memory) ended with a picture in hand, before it is refused."""
 
@@ -368,7 +370,8 @@ class Dispatcher:
             case Step() | Partial():
                 if isinstance(message, Step):
                     pending.steps_left, pending.begun = message.steps - message.step, True
-                    self.token_seconds += 0.05 * (message.seconds / pending.job.tokens - self.token_seconds)
+                    measured = min(message.seconds / pending.job.tokens, UNLIKELY * self.token_seconds)
+                    self.token_seconds += 0.05 * (measured - self.token_seconds)
                 if pending.on_event is not None:
                     try:
                         pending.on_event(message)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from flux_local.checking import Checks, Decoding
 from flux_local.drawing import Drawing, begin_picture, finished
 from flux_local.errors import (
     DeadlineExceeded,
@@ -24,7 +25,7 @@ from flux_local.errors import (
 )
 from flux_local.faults import Faults
 from flux_local.messages import Cancel, EngineChannel, Failed, Job, Partial, Step
-from flux_local.pulse import Phase, Pulse
+from flux_local.pulse import MOST, Phase, Pulse
 from flux_local.scheduler import Entry, Scheduler
 from flux_local.steps import advances, partial_steps
 
@@ -46,9 +47,6 @@ PATIENCE = 0.02
 """Seconds to wait for the safety checker where there is nothing else to do but to listen."""
 DECODE_SHARE = 0.7
 """Part of the last step's time that decoding may take between two steps, its last layer's overrun aside."""
-
-Decoding = tuple[str, int | None]
-"""A job, and which of its partial pictures; None for the finished one."""
 
 log = logging.getLogger("flux_local.engine")
 
@@ -80,11 +78,9 @@ class Engine:
         self.prompts = pipeline.prompt_cache()
         self.seconds_per_token = seconds_per_token
         self.step_seconds = 0.0
-        self.checker = checker
+        self.checks = Checks(checker)
         if pipeline.adapters is not None:
             pipeline.adapters.beat = pulse.renew
-        self.unchecked: dict[Decoding, bytes] = {}
-        """Pictures that the safety checker has not decided on."""
 
     def run(self) -> None:
         """Until the other end closes (`EOFError`)."""
@@ -118,20 +114,28 @@ class Engine:
         self.drawings.pop(id, None)
         for decoding in [d for d in self.decoding if d[0] == id]:
             del self.decoding[decoding]
-        for unchecked in [d for d in self.unchecked if d[0] == id]:
-            del self.unchecked[unchecked]
+        self.checks.drop(id)
         self.scheduler.remove(id)
 
     def turn(self) -> None:
         """Some of a picture's decoding, and a step of the next batch: neither waits for all of the other."""
         self.expire(time.monotonic())
+        if self.checks and self.checks_alone():
+            self.settle()
+            self.take_verdicts(PATIENCE)
+            return
         if self.decoding:
             self.decode_some()
         batch = self.next_batch()
         if batch:
             self.step(batch)
-        if self.unchecked:
+        if self.checks:
             self.take_verdicts(0.0 if batch or self.decoding else PATIENCE)
+
+    def checks_alone(self) -> bool:
+        """Whether nothing else goes on until the safety checker has decided: it takes long, or one of the pictures here
+        was in hand when an engine fell, and the next fall must be of one alone."""
+        return self.checks.overdue() or any(drawing.job.alone for drawing in self.drawings.values())
 
     def expire(self, now: float) -> None:
         if now <= self.next_deadline:
@@ -202,7 +206,7 @@ class Engine:
     def begin(self, drawing: Drawing) -> None:
         """Begins the job's picture, or fails the job."""
         self.enter(Phase.BEGIN, [drawing])
-        if drawing.job.check and self.checker is None:  # nothing is given out unseen because an engine was set up wrong
+        if drawing.job.check and self.checks.checker is None:  # an engine set up wrong gives nothing out unseen
             self.end_with(drawing, InternalError("The engine has no safety checker. Ask the server's operator."))
             return
         started = time.monotonic()
@@ -254,11 +258,15 @@ class Engine:
                 self.decode(drawing, drawing.picture.estimate(), drawing.partial_steps.index(step))
 
     def enter(self, phase: Phase, drawings: Sequence[Drawing]) -> None:
-        """Writes into the pulse what is begun for these, beside the steps that a GPU may still be at."""
-        serials = dict.fromkeys(drawing.job.serial for drawing in drawings)
+        """Writes into the pulse what is begun for these, beside what the safety checker looks at and the steps that a
+        GPU may still be at."""
+        looked_at = (self.drawings[id] for id in self.checks.ids())
+        serials = dict.fromkeys(drawing.job.serial for drawing in (*drawings, *looked_at))
         for step in self.launched:
             serials |= dict.fromkeys(step)
-        self.pulse.enter(phase, tuple(serials))
+        in_hand = tuple(serials)[:MOST]
+        if phase is not Phase.CHECK or self.pulse.read()[::2] != (phase, in_hand):  # for these it waits since then
+            self.pulse.enter(phase, in_hand)
 
     def settle(self) -> None:
         """Waits until nothing is launched any more, so that what fails from here on is of what comes next.
@@ -328,9 +336,8 @@ class Engine:
             del self.decoding[first]
             if partial is None:
                 drawing.denoised = time.monotonic() - self.pace.since(drawing.denoising_ends)
-            if self.checker is not None and drawing.job.check:
-                self.unchecked[first] = end.value
-                self.checker.submit(first, end.value, drawing.job.width, drawing.job.height)
+            if self.checks.checker is not None and drawing.job.check:
+                self.checks.submit(first, end.value, drawing.job.width, drawing.job.height)
             else:
                 self.give_out(first, end.value)
         except ArithmeticError:
@@ -353,13 +360,9 @@ class Engine:
     def take_verdicts(self, patience: float) -> None:
         """Gives out what the safety checker lets pass; of a finished picture that it flags only that it did. One that
         it failed on fails."""
-        assert self.checker is not None
-        if patience and self.pulse.read().phase is not Phase.IDLE:  # a checker that hangs is a hang
-            self.pulse.enter(Phase.IDLE)
-        for decoded, flagged in self.checker.verdicts(patience):
-            pixels = self.unchecked.pop(decoded, None)
-            if pixels is None:
-                continue  # its job has gone
+        if patience:
+            self.enter(Phase.CHECK, [])
+        for decoded, pixels, flagged in self.checks.verdicts(patience):
             if flagged is False:
                 self.give_out(decoded, pixels)
             elif decoded[1] is None and flagged:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 REPLY_LIFETIME = 86_400
 """Seconds for which an `Idempotency-Key` is remembered, unless what was answered goes before that."""
-VERSION = 2
+VERSION = 3
 """Of the tables; kept in the database as `user_version`."""
 
 log = logging.getLogger("flux_local.history")
@@ -46,7 +46,8 @@ CREATE TABLE IF NOT EXISTS requests (
     error    TEXT,
     files    TEXT NOT NULL DEFAULT '[]',
     work     BLOB,
-    resumed  INTEGER NOT NULL DEFAULT 0
+    resumed  INTEGER NOT NULL DEFAULT 0,
+    pictures TEXT
 );
 CREATE TABLE IF NOT EXISTS replies (
     owner       TEXT NOT NULL,
@@ -62,8 +63,13 @@ CREATE TABLE IF NOT EXISTS replies (
 );
 CREATE INDEX IF NOT EXISTS by_owner ON requests (owner, created DESC);
 """
-SHOWN = "id, owner, route, status, created, finished, params, response, error, files, NULL, resumed"
-"""A row without its work, which may be megabytes that nobody looks at."""
+COLUMNS = "id, owner, route, status, created, finished, params, {response}, error, files, {work}, resumed"
+"""Of a row. Of its `response` pictures as text are left out; the whole is in `pictures`, where it has any."""
+WHOLE = COLUMNS.format(response="COALESCE(pictures, response)", work="work")
+SHOWN = COLUMNS.format(response="COALESCE(pictures, response)", work="NULL")
+"""Without its work, which may be megabytes that nobody looks at."""
+LISTED = COLUMNS.format(response="response", work="NULL")
+"""Nor its pictures."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,8 +154,9 @@ class History:
             if version < 1:
                 connection.execute("DROP TABLE IF EXISTS replies")  # did not say whose they were
             columns = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
-            if columns and "resumed" not in columns:
-                connection.execute("ALTER TABLE requests ADD COLUMN resumed INTEGER NOT NULL DEFAULT 0")
+            for name, kind in (("resumed", "INTEGER NOT NULL DEFAULT 0"), ("pictures", "TEXT")):
+                if columns and name not in columns:
+                    connection.execute(f"ALTER TABLE requests ADD COLUMN {name} {kind}")
             connection.executescript(f"{SCHEMA} PRAGMA user_version = {VERSION};")
         except (sqlite3.DatabaseError, StartError):
             connection.close()
@@ -206,13 +213,14 @@ class History:
         files: list[str] | None = None,
     ) -> bool:
         """Gives a request its one final state; False if it has one already or is gone."""
-        row = (status, time.time(), response and json.dumps(response), error and json.dumps(error),
-               json.dumps(files or []), id)  # fmt: skip
+        listed = response and without_pictures(response)
+        row = (status, time.time(), listed and json.dumps(listed), json.dumps(response) if response != listed else None,
+               error and json.dumps(error), json.dumps(files or []), id)  # fmt: skip
         return await self._run(
             lambda c: (
                 c.execute(
-                    "UPDATE requests SET status = ?, finished = ?, response = ?, error = ?, files = ?, work = NULL"
-                    " WHERE id = ? AND status IN ('queued', 'running')",
+                    "UPDATE requests SET status = ?, finished = ?, response = ?, pictures = ?, error = ?, files = ?,"
+                    " work = NULL WHERE id = ? AND status IN ('queued', 'running')",
                     row,
                 ).rowcount
                 == 1
@@ -245,11 +253,11 @@ class History:
                 if last is None:
                     return None
             rows = connection.execute(
-                f"SELECT {SHOWN} FROM requests WHERE owner = ? AND (created, rowid) < (?, ?)"
+                f"SELECT {LISTED} FROM requests WHERE owner = ? AND (created, rowid) < (?, ?)"
                 " ORDER BY created DESC, rowid DESC LIMIT ?",
                 (owner, *last, limit),
             )
-            return [brief(entry(row)) for row in rows]
+            return [entry(row, listed=True) for row in rows]
 
         found = await self._run(select)
         if found is None:
@@ -260,7 +268,7 @@ class History:
         """What an earlier process left without a final state, in the order it came."""
         rows = await self._run(
             lambda c: c.execute(
-                "SELECT * FROM requests WHERE status IN ('queued', 'running') ORDER BY created"
+                f"SELECT {WHOLE} FROM requests WHERE status IN ('queued', 'running') ORDER BY created"
             ).fetchall()
         )
         return [entry(r) for r in rows]
@@ -314,16 +322,19 @@ def keep(connection: sqlite3.Connection, reply: Reply) -> None:
     connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
 
-def brief(entry: Entry) -> Entry:
-    """An entry without its pictures' own bytes, of which a page of entries may have gigabytes."""
-    if entry.response is None:
-        return entry
-    data = [{name: value for name, value in item.items() if name != "b64_json"} for item in entry.response["data"]]
-    return msgspec.structs.replace(entry, response={**entry.response, "data": data})
+def without_pictures(response: dict[str, Any]) -> dict[str, Any]:
+    """A response without its pictures' own bytes, of which a page of entries may have gigabytes."""
+    data = [{name: value for name, value in item.items() if name != "b64_json"} for item in response["data"]]
+    return {**response, "data": data}
 
 
-def entry(row: tuple[Any, ...]) -> Entry:
+def entry(row: tuple[Any, ...], listed: bool = False) -> Entry:
+    """
+    Args:
+        listed: without pictures, though an earlier version kept them in `response`.
+    """
     id, owner, route, status, created, finished, params, response, error, files, work, resumed = row
+    response = response and json.loads(response)
     return Entry(
         id=id,
         owner=owner,
@@ -332,7 +343,7 @@ def entry(row: tuple[Any, ...]) -> Entry:
         created=created,
         finished=finished,
         params=json.loads(params),
-        response=response and json.loads(response),
+        response=without_pictures(response) if response and listed else response,
         error=error and json.loads(error),
         files=json.loads(files),
         work=work,

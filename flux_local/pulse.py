@@ -34,6 +34,8 @@ class Phase(IntEnum):
     DECODE = 4
     PROVE = 5
     """Showing that a batch shape keeps bits, at its first use."""
+    CHECK = 6
+    """Waiting for the safety checker alone."""
 
 
 class State(NamedTuple):

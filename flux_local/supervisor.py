@@ -26,6 +26,9 @@ from flux_local.pulse import Phase, Pulse
 
 LOOK_EVERY = 0.2
 """Seconds between two looks at an engine that has work."""
+ASLEEP = 1.0
+"""Seconds by which a look may be late. If it is later, the whole machine or container stood still, and the engine with
+it."""
 LOAD_LIMIT = 1800.0
 """Seconds that loading and warming up may take the first time."""
 RELOAD_LIMIT, RELOADS = 30.0, 5.0
@@ -183,9 +186,14 @@ class Supervisor:
     async def _watch(self) -> None:
         """Ends an engine that has been in one phase of work for too long."""
         assert self._pulse is not None and self.process is not None  # noqa: PT018
+        awake = 0.0
         while True:
-            await asyncio.sleep(min(LOOK_EVERY, self.patience / 4))
+            pause, looked = min(LOOK_EVERY, self.patience / 4), time.monotonic()
+            await asyncio.sleep(pause)
+            if time.monotonic() - looked > pause + ASLEEP:
+                awake = time.monotonic()
             phase, since, _ = self._pulse.read()
+            since = max(since, awake)
             if phase == Phase.IDLE:
                 # With work before it, idleness is a hang too; it begins with the latest message.
                 since = max(since, self.sent)
@@ -233,7 +241,8 @@ class Supervisor:
         except EOFError:
             raise StartError("The engine process ended while loading. Its last words are above.") from None
         except TimeoutError:
-            raise StartError(f"The engine process did not load within {self._load_limit:.0f} s.") from None
+            limit, self._load_limit = self._load_limit, min(LOAD_LIMIT, 2 * self._load_limit)  # from a disk, perhaps
+            raise StartError(f"The engine process did not load within {limit:.0f} s.") from None
         finally:
             self._load_seconds = time.monotonic() - began
         if isinstance(message, StartFailed):

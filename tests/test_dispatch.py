@@ -116,3 +116,22 @@ def test_what_waits_for_an_engine_is_given_out_in_order() -> None:
         await asyncio.gather(*drawing, return_exceptions=True)
 
     asyncio.run(run())
+
+
+def test_a_machine_that_stood_still_is_not_slow_from_then_on() -> None:
+    async def run() -> None:
+        dispatcher = Dispatcher(LIMITS, lambda hooks: [])
+        engine = Engine(True)
+        dispatcher.engines = cast(list[Any], [engine])
+        dispatcher.token_seconds = usual = 1e-3
+        drawing = asyncio.create_task(dispatcher.draw(job(0)))
+        await asyncio.sleep(0)
+        dispatcher._on_message(cast(Any, engine), Step("req-0", 1, 10, 1000.0))
+        assert usual < dispatcher.token_seconds < 1.2 * usual
+        for step in range(60):
+            dispatcher._on_message(cast(Any, engine), Step("req-0", step, 100, 64 * 0.1))
+        assert dispatcher.token_seconds > 50 * usual, "what is slow again and again is slow"
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)
+
+    asyncio.run(run())

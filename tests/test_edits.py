@@ -8,7 +8,9 @@ import concurrent.futures
 import errno
 import io
 import json
+import os
 import random
+import signal
 import socket
 import warnings
 from pathlib import Path
@@ -299,6 +301,26 @@ def test_large_pictures_at_once_have_only_so_much_memory(tmp_path: Path) -> None
         status = Path(f"/proc/{server.process.pid}/status").read_text()
     peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
     assert peak < 1_000_000, f"{peak} kB"
+
+
+def test_what_ends_the_server_does_not_end_its_decoders(drawing: Image.Image) -> None:
+    """They get the same signals, from a terminal or a service manager, while uploads are still answered."""
+
+    async def upload() -> None:
+        decoder = SafeDecoder()
+        process = await decoder._take()
+        deaf = (1 << (signal.SIGINT - 1)) | (1 << (signal.SIGTERM - 1))
+        while int(Path(f"/proc/{process.pid}/status").read_text().split("SigIgn:")[1].split()[0], 16) & deaf != deaf:
+            await asyncio.sleep(0.01)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process.send_signal(number)
+        out, _ = await process.communicate(b"i" + saved(drawing))
+        assert process.returncode == 0
+        assert len(out) > 3 * drawing.width * drawing.height
+        assert os.getsid(0) != os.getsid((await decoder._take()).pid)
+        await decoder.close()
+
+    asyncio.run(asyncio.wait_for(upload(), 60))
 
 
 def test_a_decoder_that_cannot_be_started_costs_one_request(

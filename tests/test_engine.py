@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from flux_local.engine import Engine
@@ -205,6 +206,23 @@ def test_a_hang_is_no_end(tmp_path: Path) -> None:
     with faulty(tmp_path, "hang prompt=sleep step=1", "--engine-timeout", "2") as server:
         both = all_at_once(server, [{**PICTURE, "prompt": "sleep"}, {**PICTURE, "seed": 3}])
         assert [answer.status_code for answer in both] == [500, 200]
+
+
+def test_a_machine_that_stands_still_is_no_hang(tmp_path: Path) -> None:
+    with running(tmp_path, "--engine-timeout", "2") as server:
+        engine, own = server.engine(), psutil.Process(server.process.pid)
+
+        def pause() -> None:
+            eventually(lambda: running_now(server))
+            for process in (engine, own):
+                process.suspend()
+            time.sleep(3.5)
+            for process in (engine, own):
+                process.resume()
+
+        assert all_at_once(server, [LONG], pause)[0].status_code == 200
+        assert "starting another" not in server.output
+        assert server.engine() == engine
 
 
 def test_out_of_memory_splits_the_batch_and_the_engine_lives(tmp_path: Path) -> None:

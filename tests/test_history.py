@@ -64,7 +64,10 @@ def test_a_history_of_before_is_read_and_counts_who_takes_up_its_promises(tmp_pa
             await history.add(new(id, work=b"work"))
         history.close()
         with contextlib.closing(sqlite3.connect(tmp_path / "history.sqlite3")) as tables:
-            tables.executescript("ALTER TABLE requests DROP COLUMN resumed; PRAGMA user_version = 1;")
+            tables.executescript(
+                "ALTER TABLE requests DROP COLUMN resumed; ALTER TABLE requests DROP COLUMN pictures;"
+                "PRAGMA user_version = 1;"
+            )
         history = History(tmp_path, 1000)
         assert [entry.resumed for entry in await history.unfinished()] == [0, 0]
         for _ in range(2):
@@ -72,6 +75,27 @@ def test_a_history_of_before_is_read_and_counts_who_takes_up_its_promises(tmp_pa
         assert [entry.resumed for entry in await history.unfinished()] == [2, 0]
         await history.put_down()
         assert [entry.resumed for entry in await history.unfinished()] == [0, 0]
+        history.close()
+
+    asyncio.run(run())
+
+
+def test_a_page_of_requests_reads_no_pictures(tmp_path: Path) -> None:
+    async def run() -> None:
+        history = History(tmp_path, 1000)
+        data = [{"b64_json": "A" * 1000, "seed": 1}, {"url": "x", "seed": 2}]
+        for id in ("a", "b"):
+            await history.add(new(id, "running"))
+            await history.finish(id, "succeeded", {"created": 1, "data": data})
+        await history._run(  # as a version before wrote it
+            lambda c: c.execute("UPDATE requests SET response = pictures, pictures = NULL WHERE id = 'a'")
+        )
+        listed = await history._run(lambda c: c.execute("SELECT response FROM requests WHERE id = 'b'").fetchone())
+        assert "AAA" not in listed[0]
+        for entry in await history.page("", 10):
+            assert entry.response == {"created": 1, "data": [{"seed": 1}, {"url": "x", "seed": 2}]}
+        for id in ("a", "b"):
+            assert (await history.get(id, "")).response == {"created": 1, "data": data}
         history.close()
 
     asyncio.run(run())

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
+from flux_local import checking
 from flux_local.engine import Engine
 from flux_local.errors import WeightsError
 from flux_local.messages import HEADER, EngineChannel, Failed, Job, decode_from_engine
 from flux_local.model.safety import Classifier, Key, SafetyChecker
-from flux_local.pulse import Pulse
+from flux_local.pulse import Phase, Pulse
 from tests.servers import ROOT, Server, pictures, running, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -113,6 +115,54 @@ def test_an_engine_without_a_checker_gives_nothing_out_that_was_to_be_checked(pi
         told = decode_from_engine(ours.recv(length))
     assert isinstance(told, Failed)
     assert "safety checker" in told.message
+
+
+class Silent:
+    """A checker that takes pictures and decides on none."""
+
+    def __init__(self) -> None:
+        self.given: list[Key] = []
+
+    def submit(self, key: Key, *_: object) -> None:
+        self.given.append(key)
+
+    def verdicts(self, patience: float) -> list[tuple[Key, bool | None]]:
+        return []
+
+
+def test_what_a_checker_hangs_on_is_known(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To whoever ends the engine: by itself once it takes long, or once it may be what ended an engine before."""
+    ours, theirs = socket.socketpair()
+    checker, pulse = Silent(), Pulse()
+
+    def checked(number: int, steps: int = 1) -> Job:
+        return Job(f"r-{number}", "a red star", 0, 128, 128, steps, 4.5, check=True, serial=number)
+
+    with ours, theirs:
+        engine = Engine(pipeline, EngineChannel(theirs), pulse, 1e-4, cast(SafetyChecker, checker))
+        engine.accept(checked(7))
+        while not checker.given:
+            engine.turn()
+        for _ in range(3):
+            engine.turn()
+            state = pulse.read()
+            assert (state.phase, state.serials) == (Phase.CHECK, (7,))
+        engine.turn()
+        assert pulse.read() == state, "its time goes on"
+        engine.accept(checked(8, 50))
+        engine.turn()
+        assert (pulse.read().phase, pulse.read().serials) == (Phase.STEP, (8, 7)), "beside the steps of another"
+        monkeypatch.setattr(checking, "OVERDUE", 0.0)
+        engine.turn()
+        assert (pulse.read().phase, pulse.read().serials) == (Phase.CHECK, (7,))
+        monkeypatch.undo()
+        engine.accept(msgspec.structs.replace(checked(9, 50), alone=True))
+        engine.turn()
+        assert (pulse.read().phase, pulse.read().serials) == (Phase.CHECK, (7,))
+        engine.drop("r-7")
+        engine.turn()
+        assert pulse.read().phase is Phase.STEP
+        assert 7 not in pulse.read().serials
 
 
 class Broken:

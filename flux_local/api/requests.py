@@ -8,41 +8,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from PIL import Image
 
 from flux_local.api.answers import GENERIC, error_body
+from flux_local.api.promises import packed, unpacked
 from flux_local.api.work import OnEvent, OnPicture, Services, Work
 from flux_local.errors import Cancelled, Draining, FluxError, InternalError, RequestCrashes, StorageFull
-from flux_local.history import FINAL, Entry, Reply, Status
+from flux_local.history import FINAL, Entry, Reply, Status, without_pictures
 from flux_local.messages import Partial, Step
 from flux_local.params import GenerationParams
-from flux_local.plan import Source
 
 ALONE, GIVEN_UP = 2, 3
 """Processes that ended, not in order, after they had taken up a promise: after so many it is taken up when no other
 promise is at work, and after so many given up."""
 
 log = logging.getLogger("flux_local.api")
-
-
-class Stored(msgspec.Struct, frozen=True):
-    """A `Work` as bytes, to be done by a later process."""
-
-    model: str
-    params: GenerationParams
-    base_url: str
-    size: tuple[int, int] | None
-    image: bytes | None
-    mask: bytes | None
-    seconds: float | None = None
-    """That its client gave it; None of a process that did not say."""
 
 
 @dataclass
@@ -209,17 +194,24 @@ class Requests:
             NotFound: no such request of this owner.
         """
         entry = await self.services.history.get(id, owner)
-        if live := self.live.get(id):
-            live.cancelled = True
-            live.task.cancel()
-            with contextlib.suppress(Exception, asyncio.CancelledError):
-                await asyncio.shield(asyncio.wait([live.task]))
+        if await self._cancelled(id):
             entry = await self.services.history.get(id, owner)
         ending = self.unwritten.pop(id, None)
         for name in (*entry.files, *(ending.files if ending else ())):
             await asyncio.to_thread(self.services.store.remove, name)
         await self.services.history.remove(id)
+        await self._cancelled(id)  # what was taken up from an earlier process meanwhile
         return ending.of(entry) if ending else entry
+
+    async def _cancelled(self, id: str) -> bool:
+        """Ends a request that runs; False if it does not."""
+        live = self.live.get(id)
+        if live is not None:
+            live.cancelled = True
+            live.task.cancel()
+            with contextlib.suppress(Exception, asyncio.CancelledError):
+                await asyncio.shield(asyncio.wait([live.task]))
+        return live is not None
 
     def _spawn(
         self, work: Work, route: str, doing: Coroutine[Any, Any, dict[str, Any]]
@@ -354,10 +346,7 @@ def as_run(params: GenerationParams) -> dict[str, Any]:
 
 def kept(body: dict[str, Any], whole: bool) -> dict[str, Any]:
     """The answer as the history keeps it: without the pictures' own bytes, where the client was there to get them."""
-    if whole:
-        return body
-    data = [{name: value for name, value in item.items() if name != "b64_json"} for item in body["data"]]
-    return {**body, "data": data}
+    return body if whole else without_pictures(body)
 
 
 def new(work: Work, route: str, status: Status, whole: bytes | None = None) -> Entry:
@@ -371,30 +360,3 @@ def new(work: Work, route: str, status: Status, whole: bytes | None = None) -> E
         params=as_run(work.params),
         work=whole,
     )
-
-
-def packed(work: Work) -> bytes:
-    source = work.plan.source
-    stored = Stored(
-        work.plan.model,
-        work.params,
-        work.base_url,
-        source.image.size if source else None,
-        source.image.tobytes() if source else None,
-        source.mask.tobytes() if source and source.mask else None,
-        work.seconds,
-    )
-    return msgspec.msgpack.encode(stored)
-
-
-def unpacked(entry: Entry, services: Services) -> Work:
-    assert entry.work is not None
-    stored = msgspec.msgpack.decode(entry.work, type=Stored)
-    if stored.model != services.model.name:
-        raise InternalError("The server has another model now. Send the request again, for this one.")
-    source = None
-    if stored.size is not None and stored.image is not None:
-        mask = Image.frombytes("L", stored.size, stored.mask) if stored.mask else None
-        source = Source(Image.frombytes("RGB", stored.size, stored.image), mask)
-    seconds = min(stored.seconds or math.inf, services.settings.request_timeout)
-    return Work(services, entry.id, stored.base_url, services.plan(stored.params, source), entry.owner, seconds)
