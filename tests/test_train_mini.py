@@ -228,6 +228,9 @@ def test_outlines_are_learnt_as_pixels_where_a_drawing_can_be_told(tmp_path: Pat
     lesson = lessons[0]
     right = lesson.noisy - lesson.sigma[:, None, None] * lesson.wanted
     assert torch.allclose(right, pools(0)[1], atol=1e-5), "it leads to the drawing"
+    by_the_prompt = practice.usual(run, pools, 0, alone=1)
+    assert by_the_prompt.guidance.tolist() == [1.0] * 4
+    assert practice.usual(run, pools, 0).guidance[1] > 1.0
     assert outlines.seen(run, autoencoder, lesson.wanted, lesson) == 0, "the right velocity leads to the right picture"
     errors = []
     for size in (0.1, 0.5):

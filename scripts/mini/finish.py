@@ -68,10 +68,9 @@ def difference(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     one, or steeper, wherever nearby that lies; and an error's root, which grows least where it is large already,
     prefers pixels that are right and some that are wrong to all that are a little wrong.
     """
-    error = (made - wanted).abs()
-    edge = torch.stack([F.l1_loss(a, b) for a, b in zip(vae.edges(made), vae.edges(wanted), strict=True)]).sum()
-    steep = F.l1_loss(steepest(made), steepest(wanted))
-    return error.mean() + 0.5 * edge + STEEP * steep + ROOT * (error + 0.01).sqrt().mean()
+    error, edge = vae.absolute(made, wanted)
+    root = ((made - wanted).abs() + 0.01).sqrt().mean()
+    return error + 0.5 * edge + STEEP * F.l1_loss(steepest(made), steepest(wanted)) + ROOT * root
 
 
 def lessons(run: Run, painter: flow.Painter, autoencoder: AutoencoderKL, turn: int) -> list[Lesson]:
@@ -128,7 +127,8 @@ def train(
     painter = painter.eval().requires_grad_(False).to(run.device)
     if compiled:
         flow.compile_blocks(painter)
-    autoencoder = autoencoder.eval().to(run.device, memory_format=torch.channels_last)
+    layout = torch.channels_last if run.bf16 else torch.contiguous_format  # the faster one of convolutions
+    autoencoder = autoencoder.eval().to(run.device, memory_format=layout)
     beginning = copy.deepcopy(autoencoder.decoder)
     decoder = autoencoder.decoder.requires_grad_(True)
     optimiser = torch.optim.AdamW(decoder.parameters(), lr=RATE, weight_decay=1e-4, betas=(0.9, 0.99))
@@ -144,11 +144,11 @@ def train(
             lesson = waiting.pop()
             count = len(lesson.meant)
             wanted = vae.as_tensor(np.concatenate([lesson.meant, lesson.others]), run.device)
-            wanted = wanted.contiguous(memory_format=torch.channels_last)
+            wanted = wanted.contiguous(memory_format=layout)
             torch.manual_seed(run.seed * 1_000_003 + OFFSET + step)
             latents = torch.cat([lesson.latents, vae.under_noise(autoencoder, wanted[count:])])
             with run.autocast():
-                made = autoencoder.decode(latents.to(memory_format=torch.channels_last)).sample.float()
+                made = autoencoder.decode(latents.to(memory_format=layout)).sample.float()
             figures = {
                 name: (made[part] - wanted[part]).abs().mean().item()
                 for name, part in (("own", slice(count)), ("others", slice(count, None)))

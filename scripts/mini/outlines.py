@@ -10,8 +10,9 @@ And an error of latents says little of what an outline looks like, so that the p
 the loss is how far the pixels are from what the right latents would give (as a perceptual loss, arXiv 1603.08155, with
 the decoder for the network that looks).
 
-One batch in OWN_EVERY is practice at all noise levels. What that does not keep as it was, the last act does: the mean
-of the weights before and after (as in arXiv 2109.01903) has the outlines of the one and the breadth of the other.
+One batch in OWN_EVERY is practice at all noise levels, and one is drawings at guidance 1, at which nothing else here
+is: it would become what the values above are. What that does not keep as it was, the last act does: the mean of the
+weights before and after (as in arXiv 2109.01903) has the outlines of the one and the breadth of the other.
 """
 
 from __future__ import annotations
@@ -117,17 +118,20 @@ def train(
     drawn = start
     with run.progress("outlines", steps, start) as progress:
         for step in range(start, steps):
-            own = step % OWN_EVERY == 0
-            if own and not waiting:
+            kind = {0: "own", OWN_EVERY // 2: "alone"}.get(step % OWN_EVERY, "others")
+            if kind == "own" and not waiting:
                 waiting = practice.lessons(run, learning.averaged, vae, turn)
                 turn += 1
-            while not own and not others:
+            while kind == "others" and not others:
                 others = told(run, learning.averaged, pools, drawn)
                 drawn += 1
-            lesson = waiting.pop() if own else others.pop()
+            if kind == "alone":
+                lesson = practice.usual(run, pools, 2 * drawn, alone=1)
+            else:
+                lesson = (waiting if kind == "own" else others).pop()
             predicted, loss = learning.predicted(run, lesson)
-            figures = {"own" if own else "others": loss.item()}
-            if not own:
+            figures = {kind: loss.item()}
+            if kind == "others":
                 error = seen(run, vae, predicted, lesson)
                 figures["pixels"] = error.item()
                 loss = loss + PIXELS * error

@@ -247,15 +247,15 @@ def values(rng: random.Random, count: int) -> torch.Tensor:
     return torch.tensor([flow.GUIDANCE if rng.random() < 0.5 else rng.uniform(*GUIDANCE) for _ in range(count)])
 
 
-def usual(run: Run, pools: Pools, step: int) -> Lesson:
-    """A batch of pictures not its own; half of it at guidance 1."""
+def usual(run: Run, pools: Pools, step: int, alone: int = 2) -> Lesson:
+    """A batch of pictures not its own; one in `alone` at guidance 1."""
     rng = random.Random(f"{run.seed} practice words {step}")
     generator = run.generator(20_000_000 + step)
     canvas, latents, scenes = pools(step // 2)
     sigma = flow.random_sigmas(len(latents), latents.shape[1], generator)
     noisy, wanted = flow.noised(latents, sigma, generator)
     guidance = values(rng, run.batch)
-    guidance[::2] = 1.0
+    guidance[::alone] = 1.0
     prompts = flow.worded(scenes, sigma, rng, run.world, FALSE_PROMPTS)
     return Lesson(canvas, noisy, sigma, prompts, guidance, wanted)
 

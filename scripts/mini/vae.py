@@ -171,10 +171,15 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
+def absolute(made: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean absolute errors of pixels, and of steps to neighbours, of pictures [batch, 3, height, width]."""
+    edge = torch.stack([F.l1_loss(a, b) for a, b in zip(edges(made), edges(wanted), strict=True)]).sum()
+    return F.l1_loss(made, wanted), edge
+
+
 def difference(made: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
     """What a decoder is trained to make small of pictures, each [batch, 3, height, width]; and parts of it to show."""
-    l1 = F.l1_loss(made, wanted)
-    edge = torch.stack([F.l1_loss(a, b) for a, b in zip(edges(made), edges(wanted), strict=True)]).sum()
+    l1, edge = absolute(made, wanted)
     return l1 + 0.5 * edge + F.mse_loss(made, wanted), {"l1": l1.item(), "edge": edge.item()}
 
 
