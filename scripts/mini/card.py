@@ -87,7 +87,8 @@ picture in a hundred then went astray at a noise level of 0.9, where it believed
 twelve colours that is too early, and so it practised once more, and after that for its outlines. They wavered all the
 same as long as a thing could stand a few pixels from its place: since then centres are corners of the latents' cells
 and radii are few, and it practised with that, learnt outlines, three times, the last on a GPU, and its decoder what it
-draws, three times as well, only the last of them with steep edges. From nothing, the script trains 9,000 steps at
+draws, three times as well, only the last of them with steep edges. Outlines had made guidance 1 what the values above
+are, so that in the end it practised with drawings at 1 beside its own. From nothing, the script trains 9,000 steps at
 128², {last:,} at the nine canvases of that area that the size table's ratios come to, practises for {practice:,} over
 all of them, learns outlines for {outlines:,} and finishes the decoder in {finish:,}; the committed weights were not
 made by that one command.
