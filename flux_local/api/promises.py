@@ -18,6 +18,8 @@ from flux_local.plan import Source
 
 
 class Stored(msgspec.Struct, frozen=True):
+    """`size`: of the picture to start from, [width, height]; `image` and `mask`: its rows, RGB and a byte a pixel."""
+
     model: str
     params: GenerationParams
     base_url: str
