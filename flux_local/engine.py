@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,13 +16,7 @@ import msgspec
 
 from flux_local.checking import Checks, Decoding
 from flux_local.drawing import Drawing, begin_picture, finished
-from flux_local.errors import (
-    DeadlineExceeded,
-    FluxError,
-    GenerationInvalid,
-    InternalError,
-    answer_for,
-)
+from flux_local.errors import DeadlineExceeded, FluxError, GenerationInvalid, InternalError, answer_for
 from flux_local.faults import Faults
 from flux_local.messages import Cancel, EngineChannel, Failed, Job, Partial, Step
 from flux_local.pulse import MOST, Phase, Pulse
@@ -33,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flux_local.model.loader import Pipeline
+    from flux_local.model.pace import Mark
     from flux_local.model.safety import SafetyChecker
 
 BATCH_ROWS = 4
@@ -74,7 +69,9 @@ class Engine:
         self.drawings: dict[str, Drawing] = {}
         self.next_deadline = math.inf
         """Before it no job expires."""
-        self.decoding: OrderedDict[Decoding, Generator[None, None, bytes]] = OrderedDict()
+        self.decoding: dict[Decoding, Generator[None, None, bytes]] = {}
+        self.decoded: tuple[Decoding, list[Mark]] | None = None
+        """The decoding under way, with the device's moments before and after each part of it."""
         self.prompts = pipeline.prompt_cache()
         self.seconds_per_token = seconds_per_token
         self.step_seconds = 0.0
@@ -252,7 +249,7 @@ class Engine:
                 self.channel.send(Step(drawing.job.id, step, drawing.steps, seconds / len(batch)))
             if left == 0:
                 drawing.denoising_ends = self.pace.mark()
-                self.scheduler.remove(drawing.job.id)
+                self.scheduler.finish(drawing.job.id)
                 self.decode(drawing, drawing.picture.latents)
             elif step in drawing.partial_steps:
                 self.decode(drawing, drawing.picture.estimate(), drawing.partial_steps.index(step))
@@ -316,24 +313,31 @@ class Engine:
         self.seconds_per_token += 0.1 * (seconds / tokens - self.seconds_per_token)
 
     def decode(self, drawing: Drawing, latents: Tensor, partial: int | None = None) -> None:
-        """Has latents decoded, after those that came before, in parts between steps."""
+        """Has latents decoded, in the order that the scheduler finds fair, in parts between steps."""
         decoding = self.pipeline.vae.decoding(latents, drawing.job.width, drawing.job.height)
         self.decoding[drawing.job.id, partial] = decoding
 
     def decode_some(self) -> None:
-        """Goes on with the first decoding for about the time of a step; delivers the picture when it is through."""
-        id, partial = first = next(iter(self.decoding))
+        """Goes on with a decoding for about the time of a step; delivers the picture when it is through."""
+        if self.decoded is None or self.decoded[0] not in self.decoding:  # one at a time: each takes memory
+            self.decoded = min(self.decoding, key=lambda waiting: self.scheduler.had(waiting[0])), []
+        first, marks = self.decoded
+        id, partial = first
         drawing = self.drawings[id]
         self.enter(Phase.DECODE, [drawing])
         until = time.monotonic() + DECODE_SHARE * self.step_seconds
+        marks.append(self.pace.mark())
         try:
             while True:
                 next(self.decoding[first])
                 if time.monotonic() >= until:
+                    marks.append(self.pace.mark())
                     return
         except StopIteration as end:
             self.launched.clear()  # the pixels are here, and they came last
-            del self.decoding[first]
+            self.end_decoding()
+            marks.append(self.pace.mark())
+            self.scheduler.charge(id, sum(map(self.pace.between, marks[::2], marks[1::2])))
             if partial is None:
                 drawing.denoised = time.monotonic() - self.pace.since(drawing.denoising_ends)
             if self.checks.checker is not None and drawing.job.check:
@@ -341,14 +345,20 @@ class Engine:
             else:
                 self.give_out(first, end.value)
         except ArithmeticError:
-            del self.decoding[first]
+            self.end_decoding()
             if partial is None:
                 self.redraw_or_give_up(drawing)
         except Exception as error:  # the boundary of a request
-            del self.decoding[first]
+            self.end_decoding()
             self.after_error([drawing], error)
             if id in self.drawings and partial is None and drawing.picture is not None:
                 self.decode(drawing, drawing.picture.latents)
+
+    def end_decoding(self) -> None:
+        """Forgets the one under way, whatever came of it."""
+        assert self.decoded is not None
+        del self.decoding[self.decoded[0]]
+        self.decoded = None
 
     def give_out(self, decoded: Decoding, pixels: bytes) -> None:
         id, partial = decoded

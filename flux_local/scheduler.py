@@ -4,7 +4,8 @@ A job is a canvas and a number of steps left. Between any two steps jobs may joi
 canvas advance together, whatever their steps, guidance, seeds and prompts.
 
 Between keys the turn goes to the one that has had least of the device (start-time fair queueing); within a key to the
-job with the least remaining cost, less a share of the time that it has waited.
+job with the least remaining cost, less a share of the time that it has waited. A picture that has had its last step is
+still to be decoded: its key has that turn too, and pays for it.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class Scheduler:
         self.rows_limit = rows_limit
         self.sizes = sizes
         self.entries: dict[str, Entry] = {}
+        self.through: dict[str, str] = {}
+        """Of jobs that have had their last step and are not decoded yet, the owners."""
         self.served: dict[str, float] = {}
         self._order = 0
         self._weights: Hashable = None
@@ -83,7 +86,8 @@ class Scheduler:
 
     def add(self, entry: Entry) -> None:
         """A newcomer's key starts level with the one that has had least, so that absence earns no credit."""
-        active = {e.owner for e in self.entries.values()}
+        self.through.pop(entry.id, None)
+        active = {e.owner for e in self.entries.values()}.union(self.through.values())
         if entry.owner not in active:
             level = min((self.served[owner] for owner in active), default=0.0)
             self.served[entry.owner] = max(level, self.served.get(entry.owner, 0.0) if active else 0.0)
@@ -95,7 +99,23 @@ class Scheduler:
 
     def remove(self, id: str) -> bool:
         """True if the job was there."""
-        return self.entries.pop(id, None) is not None
+        return self.through.pop(id, None) is not None or self.entries.pop(id, None) is not None
+
+    def finish(self, id: str) -> None:
+        """The job takes no more steps; until it is removed it is still its owner's."""
+        self.through[id] = self.entries.pop(id).owner
+
+    def owner(self, id: str) -> str:
+        """Of a job that is not removed."""
+        return self.through[id] if id in self.through else self.entries[id].owner
+
+    def had(self, id: str) -> float:
+        """Seconds of the device that the job's key has had: those whose keys have had least come first."""
+        return self.served[self.owner(id)]
+
+    def charge(self, id: str, seconds: float) -> None:
+        """Counts seconds of the device that the job took beside its steps."""
+        self.served[self.owner(id)] += seconds
 
     def next_batch(self) -> list[str]:
         """The most urgent job and those that go with it; empty only if there is nothing to do."""

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from flux_local.engine import Engine
-from flux_local.messages import EngineChannel, Job
+from flux_local.messages import Done, EngineChannel, Job
 from flux_local.pulse import Pulse
 from tests.servers import Server, eventually, pictures, running
 
@@ -124,6 +124,24 @@ def test_scheduling_and_messages_cost_under_a_third_of_a_millisecond_a_step(pipe
     ours.close()
     theirs.close()
     assert min(outside) <= 0.3e-3 * max(1.0, loop / 0.8e-3), [f"{1e3 * seconds:.2f} ms a step" for seconds in outside]
+
+
+def test_a_key_with_many_short_pictures_has_them_decoded_in_turn_with_others(pipeline: Any) -> None:
+    ours, theirs = socket.socketpair()
+    engine, done = Engine(pipeline, EngineChannel(theirs), Pulse(), 1e-4), []
+    engine.channel.send = lambda message: done.append(message.id) if isinstance(message, Done) else None  # type: ignore[method-assign]
+    for i in range(12):
+        engine.accept(Job(f"many-{i}", "a red star", i, 192, 192, 1, 4.5, owner="x"))
+    while len(engine.decoding) < 8:
+        engine.turn()
+    engine.accept(Job("one-0", "a red star", 0, 192, 192, 1, 4.5, owner="y"))
+    before = len(done)
+    while engine.drawings:
+        engine.turn()
+    ours.close()
+    theirs.close()
+    assert done.index("one-0") - before <= 3, "those under way, and one for one"
+    assert [id for id in done if id != "one-0"] == [f"many-{i}" for i in range(12)]
 
 
 def running_now(server: Server) -> bool:

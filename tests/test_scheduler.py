@@ -77,6 +77,21 @@ def test_keys_take_turns_by_what_they_have_had() -> None:
     assert turns.count("y") == 10
 
 
+def test_a_key_pays_for_what_is_decoded_and_is_not_away_while_it_waits_for_that() -> None:
+    scheduler = filled(1, entry("a", 1, owner="x"), entry("b", 9, owner="y"))
+    for id in ("a", "b"):
+        scheduler.stepped(id, 1.0)
+    scheduler.finish("a")
+    assert scheduler.next_batch() == ["b"]
+    scheduler.charge("a", 5.0)
+    assert scheduler.had("a") == 6.0
+    scheduler.add(entry("c", 9, owner="x"))
+    assert scheduler.had("c") == 6.0, "its key was here all the time"
+    assert scheduler.had("b") == 1.0
+    assert scheduler.remove("a")
+    assert not scheduler.remove("a")
+
+
 def test_absence_earns_no_credit() -> None:
     scheduler = filled(1, entry("a", 100, owner="x"))
     for _ in range(50):

@@ -75,9 +75,15 @@ class Pace:
         """Seconds from a mark until all that was launched until now has ended; waits for that."""
         if isinstance(mark, float):
             return time.monotonic() - mark
-        now = self._event()
-        now.synchronize()
-        seconds: float = mark.elapsed_time(now) / 1000
+        return self.between(mark, self._event())
+
+    def between(self, mark: Mark, later: Mark) -> float:
+        """Seconds from one mark to a later one; waits for that."""
+        if isinstance(mark, float) or isinstance(later, float):
+            assert isinstance(mark, float) and isinstance(later, float), "marks of one device"  # noqa: PT018
+            return later - mark
+        later.synchronize()
+        seconds: float = mark.elapsed_time(later) / 1000
         return seconds
 
     def _take_times(self) -> None:
