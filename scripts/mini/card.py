@@ -75,8 +75,9 @@ mended to what the prompt says (with the size that it has, where there are two),
 the velocity that leads there. Outlines come next: from a noise level of {told} down, where a drawing can be told, what
 it predicts goes through the decoder, and the loss is how far the pixels are from the right ones. The committed weights
 are a running average, and after outlines the mean of those before and after. Last of all the decoder learns to make of
-what the model draws the drawing that was meant, with edges as steep as the drawing's. Words that no sentence of the
-training uses have the embedding of one that means the same, or of one that means nothing to a drawing.
+what the model draws the drawing that was meant, with edges as steep as the drawing's, mostly in windows of 64 pixels
+that have an edge. Words that no sentence of the training uses have the embedding of one that means the same, or of one
+that means nothing to a drawing.
 
 They came about in several goes: first a narrower model (three heads of 48 channels) of a smaller world, with eight
 colours, six shapes, two sizes and two objects at most; then, begun from that (`--world whole --begin FOLDER`), the
@@ -87,11 +88,11 @@ picture in a hundred then went astray at a noise level of 0.9, where it believed
 twelve colours that is too early, and so it practised once more, and after that for its outlines. They wavered all the
 same as long as a thing could stand a few pixels from its place: since then centres are corners of the latents' cells
 and radii are few, and it practised with that, learnt outlines, three times, the last on a GPU, and its decoder what it
-draws, three times as well, only the last of them with steep edges. Outlines had made guidance 1 what the values above
-are, so that in the end it practised with drawings at 1 beside its own. From nothing, the script trains 9,000 steps at
-128², {last:,} at the nine canvases of that area that the size table's ratios come to, practises for {practice:,} over
-all of them, learns outlines for {outlines:,} and finishes the decoder in {finish:,}; the committed weights were not
-made by that one command.
+draws, four times, only the last two of them with steep edges and the last one in windows. Outlines had made guidance 1
+what the values above are, so that in the end it practised with drawings at 1 beside its own. From nothing, the script
+trains 9,000 steps at 128², {last:,} at the nine canvases of that area that the size table's ratios come to, practises
+for {practice:,} over all of them, learns outlines for {outlines:,} and finishes the decoder in {finish:,}; the
+committed weights were not made by that one command.
 
 Parameters: {parameters}. Weights are stored in fp16. Licence: Apache-2.0, as the rest of the project.
 """

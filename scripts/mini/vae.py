@@ -162,6 +162,31 @@ def as_tensor(pixels: np.ndarray, device: torch.device | str = "cpu") -> torch.T
     return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
+def turned(pixels: np.ndarray, way: int) -> np.ndarray:
+    """A picture [height, width, …] in one of the eight ways that a square can lie, of which 0 is as it is."""
+    if way & 1:
+        pixels = pixels[:, ::-1]
+    if way & 2:
+        pixels = pixels[::-1]
+    return pixels.swapaxes(0, 1) if way & 4 else pixels
+
+
+def turned_latents(latents: torch.Tensor, way: int) -> torch.Tensor:
+    """The latents [16, h, w] of the picture that is `turned` that way, from its own.
+
+    Odd powers of a mirrored coordinate change their signs; where x is y, so are their moments.
+    """
+    for bit, power, axis in ((1, 0, -1), (2, 1, -2)):
+        if way & bit:
+            signs = torch.tensor([(-1.0) ** MOMENTS[moment][power] for _, moment in CHANNELS], device=latents.device)
+            latents = (latents * signs[:, None, None]).flip(axis)
+    if way & 4:
+        others = [CHANNELS.index((axis, MOMENTS.index(MOMENTS[moment][::-1]))) for axis, moment in CHANNELS]
+        scales = torch.tensor(MEASURED, device=latents.device)
+        latents = (latents[others] * (scales[others] / scales)[:, None, None]).transpose(1, 2)
+    return latents
+
+
 def pictures(rng: random.Random, count: int, width: int, height: int, world: World = WHOLE) -> torch.Tensor:
     """Of random scenes: [count, 3, height, width] in −1 … 1."""
     return rendered([random_scene(rng, width, height, world=world) for _ in range(count)], width, height)
