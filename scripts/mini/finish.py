@@ -4,9 +4,9 @@ A painter's outlines waver by a pixel, and a decoder that has only seen the late
 learns to make of what the painter drew the drawing that was meant (`practice.mended`), beside drawings under noise as
 in its first training: what an edit is given comes back as it was.
 
-Most of a drawing is flat, and learnt long ago. So most batches are windows with an edge in them, turned and mirrored as
-their latents can be too: five times the steps in the same time. The others are whole pictures, over which a group norm
-has other moments than over a window. Knows nothing of how the painter draws.
+Most of a drawing is flat, and learnt long ago. So most batches are windows with an edge in them, turned and mirrored
+as their latents can be too: more than twice the steps in the same time. The others are whole pictures, over which a
+group norm has other moments than over a window. Knows nothing of how the painter draws.
 """
 
 from __future__ import annotations
