@@ -294,7 +294,7 @@ def test_urls_of_the_public_address_until_they_expire(tmp_path: Path) -> None:
 @pytest.mark.alone
 def test_start_is_quick_and_small(tmp_path: Path) -> None:
     """To ready in under 12 s and 1.5 GB in all, from the command to the first answer; nothing of others' noise. The
-    best of up to five starts: what else a machine does only ever adds, for half a minute at times."""
+    best of up to five starts: what else a machine does only ever adds."""
     for _ in range(5):
         try:
             start_is_quick_and_small(tmp_path)
