@@ -1,6 +1,6 @@
 """What the server owes: admits pictures, hands them to engines, and ends each exactly once whatever the engines do.
 
-A picture ends with its pixels, with an error, or cancelled. Knows neither HTTP nor torch.
+A picture ends with its pixels, with an error, or cancelled. Knows neither HTTP nor torch, nor what work costs.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import asyncio
 import hashlib
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from flux_local.admission import NOTHING, Amount, Held, Limits, Speed, amount_of
 from flux_local.errors import (
     BY_CODE,
     DeadlineExceeded,
@@ -23,7 +23,6 @@ from flux_local.errors import (
     EngineDead,
     InternalError,
     NotReady,
-    RateLimited,
     RequestCrashes,
     StartError,
 )
@@ -36,27 +35,12 @@ REFUSED_FOR = 3600.0
 """Seconds for which a request that brought down so many is refused."""
 BATCH_GAIN = 0.5
 """What pictures that share steps cost at least, of what they cost alone."""
-UNLIKELY = 4.0
-"""Times the usual price of a token: what a step took beyond that, the machine stood still."""
 OUTSIDE_FALLS = 3
 """Engines that somebody else (the kernel, for want of memory) ended with a picture in hand, before it is refused."""
 
 log = logging.getLogger("flux_local.dispatch")
 
 OnEvent = Callable[[Step | Partial], None]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much is promised.
-
-    `pictures` that may wait, `seconds` of work that may be before a new one, and of both the `share` that one key may
-    hold where there are several.
-    """
-
-    pictures: int
-    seconds: float
-    share: float
 
 
 @dataclass(eq=False)
@@ -76,15 +60,6 @@ class Pending:
     """Falls of its engine, with it in hand, from inside and from outside."""
 
 
-@dataclass
-class Held:
-    """The part of an admitted request that has not come as jobs yet. `token_steps`: image tokens times steps."""
-
-    owner: str
-    pictures: int
-    token_steps: int
-
-
 class Dispatcher:
     """All engines and the pictures they owe. Lives on the event loop it is made on.
 
@@ -102,7 +77,7 @@ class Dispatcher:
         self.pending: dict[str, Pending] = {}
         self.held: dict[str, Held] = {}
         self.refused: dict[bytes, float] = {}
-        self.token_seconds = 1e-4
+        self.speed = Speed()
         self.placed_again = 0
         """Pictures given to an engine once more after a fall."""
         self.dead: asyncio.Future[StartError] = asyncio.get_running_loop().create_future()
@@ -134,7 +109,7 @@ class Dispatcher:
             task.add_done_callback(self._on_end)
             self._running.append(task)
         readies = await asyncio.gather(*started)
-        self.token_seconds = max(ready.token_seconds for ready in readies)
+        self.speed.step = max(ready.token_seconds for ready in readies)
         self.precisions = tuple(p for p in readies[0].precisions if all(p in ready.precisions for ready in readies))
         if not self.precisions:
             raise StartError("The devices have no precision in common. Set --precisions or --memory for all of them.")
@@ -164,8 +139,7 @@ class Dispatcher:
         """
         self._check_refused(job)
         if held := self.held.get(request_of(job.id)):
-            held.pictures -= 1
-            held.token_steps -= token_steps_of(job)
+            held.take(job)
         job = msgspec.structs.replace(job, serial=next(self._serials))
         future: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
         pending = Pending(job, future, job.steps - job.skip, on_event)
@@ -183,11 +157,11 @@ class Dispatcher:
         if self.refused and fingerprint(job) in self.refused:
             raise RequestCrashes
 
-    def admit(self, request: str, owner: str, pictures: int, token_steps: int, seconds: float) -> None:
+    def admit(self, request: str, owner: str, pictures: int, amount: Amount, seconds: float) -> None:
         """Takes a request in, if there is room for all of it; `release` it when it has ended.
 
         Args:
-            token_steps: image tokens times steps, of all pictures.
+            amount: of all pictures.
             seconds: that its client gives it.
 
         Raises:
@@ -195,16 +169,16 @@ class Dispatcher:
             much waits. NotReady: the engines are still starting. Draining: the server stops. An engine that is being
             replaced refuses nothing: what is admitted meanwhile waits for it.
         """
-        self.check_open(owner, pictures, token_steps)
-        alone = token_steps * self.token_seconds * BATCH_GAIN / self._working
+        self.check_open(owner, pictures, amount)
+        alone = self.speed.seconds(amount) * BATCH_GAIN / self._working
         if alone > 2 * seconds:
             raise DeadlineExceeded(
                 f"This would take about {alone:.0f} s, and the time for it is {seconds:g} s (the server's limit, or "
                 "less by 'X-Request-Timeout'). Ask for fewer steps or pictures."
             )
-        self.held[request] = Held(owner, pictures, token_steps)
+        self.held[request] = Held(owner, pictures, amount)
 
-    def check_open(self, owner: str, pictures: int, token_steps: int) -> None:
+    def check_open(self, owner: str, pictures: int, amount: Amount = NOTHING) -> None:
         """Whether a request of the owner's would be taken now.
 
         Raises:
@@ -214,33 +188,19 @@ class Dispatcher:
             raise Draining("The server is stopping. Send the request to another one, or try again.", retry_after=5)
         if not self.started:
             raise NotReady("The model is still loading. Try again in a few seconds.", retry_after=5)
-        self._check_room(pictures, token_steps, 1.0, None)
+        more = pictures, self.speed.seconds(amount) / self._working
+        self.limits.check(more, self.ahead(), of_key=False)
         if self.limits.share < 1:
-            self._check_room(pictures, token_steps, self.limits.share, owner)
+            self.limits.check(more, self.ahead(owner), of_key=True)
 
     def release(self, request: str) -> None:
         self.held.pop(request, None)
-
-    def _check_room(self, pictures: int, token_steps: int, share: float, owner: str | None) -> None:
-        """Raises `RateLimited` unless this share of what may wait has room beside what the owner, or all, have."""
-        waiting, seconds = self.ahead(owner)
-        over = seconds + token_steps * self.token_seconds / self._working - share * self.limits.seconds
-        too_many = waiting + pictures - max(1, share * self.limits.pictures)
-        # A request that nothing is before is taken however long it is.
-        if not waiting or (too_many <= 0 and over <= 0):
-            return
-        wait = max(over, min(too_many, waiting) * seconds / waiting)
-        raise RateLimited(
-            f"Too many pictures are waiting{' for this key' if owner is not None else ''}. Try again after the time "
-            "in Retry-After, or ask for fewer or smaller ones or for fewer steps.",
-            retry_after=min(120, max(1, math.ceil(wait))),
-        )
 
     def ahead(self, owner: str | None = None) -> tuple[int, float]:
         """Pictures that the owner, or all, have been promised, and the seconds that they take by measured speed."""
         jobs = [p for p in self.pending.values() if owner in (None, p.job.owner)]
         held = [h for h in self.held.values() if owner in (None, h.owner)]
-        seconds = sum(map(self._cost, jobs)) + sum(h.token_steps for h in held) * self.token_seconds
+        seconds = sum(map(self._cost, jobs)) + sum(self.speed.seconds(h.amount) for h in held)
         return len(jobs) + sum(h.pictures for h in held), seconds / self._working
 
     def outlook(self, request: str) -> tuple[int, float]:
@@ -256,9 +216,7 @@ class Dispatcher:
 
     def _cost(self, pending: Pending) -> float:
         """Seconds of one device."""
-        job = pending.job
-        computed = job.steps_computed / max(1, job.steps - job.skip)
-        return pending.steps_left * computed * job.tokens * self.token_seconds
+        return self.speed.seconds(amount_of(pending.job, pending.steps_left))
 
     def _owes(self, engine: Engine) -> bool:
         return any(pending.engine is engine for pending in self.pending.values())
@@ -370,14 +328,14 @@ class Dispatcher:
             case Step() | Partial():
                 if isinstance(message, Step):
                     pending.steps_left, pending.begun = message.steps - message.step, True
-                    measured = min(message.seconds / pending.job.tokens, UNLIKELY * self.token_seconds)
-                    self.token_seconds += 0.05 * (measured - self.token_seconds)
+                    self.speed.stepped(message.seconds / pending.job.tokens)
                 if pending.on_event is not None:
                     try:
                         pending.on_event(message)
                     except Exception:  # what a client's side makes of it must not end the reading of the pipe
                         log.exception("an event of %s could not be told", message.id)
             case Done():
+                self.speed.decoded(message.decoding_s / pending.job.canvas_tokens)
                 self._settle(pending, message)
             case Failed():
                 error = BY_CODE.get(message.code, InternalError)(message.message)
@@ -387,10 +345,6 @@ class Dispatcher:
 
 def request_of(job_id: str) -> str:
     return job_id.rpartition("-")[0]
-
-
-def token_steps_of(job: Job) -> int:
-    return job.steps_computed * job.tokens
 
 
 def fingerprint(job: Job) -> bytes:

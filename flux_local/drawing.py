@@ -28,6 +28,8 @@ class Drawing:
     begun: float = 0.0
     denoising_ends: Mark = 0.0
     denoised: float = 0.0
+    decoding_s: float = 0.0
+    """Of the device, for the last decoding."""
     reported: float = 0.0
     retried: bool = False
     careful: bool = False
@@ -63,6 +65,7 @@ def finished(drawing: Drawing, pixels: bytes, flagged: bool) -> Done:
         encode_s=drawing.encode_s,
         denoise_s=drawing.denoised - drawing.begun,
         decode_s=time.monotonic() - drawing.denoised,
+        decoding_s=drawing.decoding_s,
         flagged=flagged,
         cut=picture.prompt.cut or (picture.negative is not None and picture.negative.cut),
     )

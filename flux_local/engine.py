@@ -37,7 +37,6 @@ FULL_AT_TOKENS = 4096
 REPORT_EVERY = 0.1
 """Seconds between two reports of a picture's progress. A small model's step takes a fifth of that, and every report
 wakes the server's process on the cores that the next step needs."""
-
 PATIENCE = 0.02
 """Seconds to wait for the safety checker where there is nothing else to do but to listen."""
 DECODE_SHARE = 0.7
@@ -337,7 +336,8 @@ class Engine:
             self.launched.clear()  # the pixels are here, and they came last
             self.end_decoding()
             marks.append(self.pace.mark())
-            self.scheduler.charge(id, sum(map(self.pace.between, marks[::2], marks[1::2])))
+            drawing.decoding_s = sum(map(self.pace.between, marks[::2], marks[1::2]))
+            self.scheduler.charge(id, drawing.decoding_s)
             if partial is None:
                 drawing.denoised = time.monotonic() - self.pace.since(drawing.denoising_ends)
             if self.checks.checker is not None and drawing.job.check:

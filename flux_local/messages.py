@@ -55,6 +55,10 @@ class Job(msgspec.Struct, frozen=True, tag=True):
         return sum(self.computed) if self.computed else self.steps - self.skip
 
     @property
+    def canvas_tokens(self) -> int:
+        return self.width * self.height // 256
+
+    @property
     def rows(self) -> int:
         """Of a batch: two with real classifier-free guidance."""
         return 1 if self.negative_prompt is None else 2
@@ -62,7 +66,7 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     @property
     def tokens(self) -> int:
         """Image tokens of all rows."""
-        return self.width * self.height // 256 * self.rows
+        return self.canvas_tokens * self.rows
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -113,7 +117,10 @@ class Partial(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """A finished picture: RGB rows of the canvas, and where its seconds went. `flagged`: left out, without rows."""
+    """A finished picture: RGB rows of the canvas, and where its seconds went. `flagged`: left out, without rows.
+
+    `decoding_s`: of `decode_s` what the device was busy with this picture.
+    """
 
     id: str
     pixels: bytes
@@ -123,6 +130,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     encode_s: float
     denoise_s: float
     decode_s: float
+    decoding_s: float
     flagged: bool = False
     cut: bool = False
     """A prompt was longer than its encoder reads."""

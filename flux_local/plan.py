@@ -12,6 +12,7 @@ from functools import cached_property
 from PIL import Image
 
 from flux_local import images
+from flux_local.admission import Amount
 from flux_local.errors import InvalidImage, NotAvailable
 from flux_local.messages import Job
 from flux_local.params import GenerationParams
@@ -73,10 +74,12 @@ class Plan:
         return self.source is not None and self.params.strength == 0
 
     @property
-    def token_steps(self) -> int:
-        """Of all pictures together: image tokens times steps."""
-        rows = 1 if self.params.negative_prompt is None else 2
-        return self.params.canvas.area // 256 * rows * self.params.steps_computed * len(self.params.seeds)
+    def amount(self) -> Amount:
+        """Of all pictures together."""
+        params, count = self.params, len(self.params.seeds)
+        tokens, rows = params.canvas.area // 256, 1 if params.negative_prompt is None else 2
+        decodings = 1 + (params.partial_images if params.stream else 0)
+        return Amount(tokens * rows * params.steps_computed * count, tokens * decodings * count)
 
     def job(self, id: str, index: int, owner: str = "", deadline: float | None = None) -> Job:
         """The job of picture `index`.

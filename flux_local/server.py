@@ -19,13 +19,14 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flux_local import weights
+from flux_local.admission import Limits
 from flux_local.api.answers import error_body
 from flux_local.api.app import create_app, new_request_id
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services
 from flux_local.config import Settings
 from flux_local.decoder import SafeDecoder
-from flux_local.dispatch import Dispatcher, Limits
+from flux_local.dispatch import Dispatcher
 from flux_local.errors import AlreadyTaken, InvalidValue, SettingsError, StorageFull
 from flux_local.history import History
 from flux_local.messages import Ready

@@ -8,9 +8,10 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from flux_local.dispatch import CRASHES, OUTSIDE_FALLS, Dispatcher, Limits
-from flux_local.errors import RequestCrashes
-from flux_local.messages import Cancel, Job, Step, ToEngine
+from flux_local.admission import Limits, amount_of
+from flux_local.dispatch import CRASHES, OUTSIDE_FALLS, Dispatcher
+from flux_local.errors import RateLimited, RequestCrashes
+from flux_local.messages import Cancel, Done, Job, Step, ToEngine
 from flux_local.supervisor import Fall
 
 LIMITS = Limits(pictures=100, seconds=1e9, share=1.0)
@@ -123,15 +124,53 @@ def test_a_machine_that_stood_still_is_not_slow_from_then_on() -> None:
         dispatcher = Dispatcher(LIMITS, lambda hooks: [])
         engine = Engine(True)
         dispatcher.engines = cast(list[Any], [engine])
-        dispatcher.token_seconds = usual = 1e-3
+        dispatcher.speed.step = usual = 1e-3
         drawing = asyncio.create_task(dispatcher.draw(job(0)))
         await asyncio.sleep(0)
         dispatcher._on_message(cast(Any, engine), Step("req-0", 1, 10, 1000.0))
-        assert usual < dispatcher.token_seconds < 1.2 * usual
+        assert usual < dispatcher.speed.step < 1.2 * usual
         for step in range(60):
             dispatcher._on_message(cast(Any, engine), Step("req-0", step, 100, 64 * 0.1))
-        assert dispatcher.token_seconds > 50 * usual, "what is slow again and again is slow"
+        assert dispatcher.speed.step > 50 * usual, "what is slow again and again is slow"
         drawing.cancel()
         await asyncio.gather(drawing, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_what_waits_to_be_decoded_is_work_too() -> None:
+    """One step and a decoding that takes as long as nine: as much as ten, in every estimate."""
+
+    async def run() -> None:
+        dispatcher = Dispatcher(Limits(pictures=100, seconds=35.5, share=1.0), lambda hooks: [])
+        engine = Engine(True)
+        dispatcher.engines, dispatcher.started = cast(list[Any], [engine]), True
+        dispatcher.speed.step = 1 / 64
+        quick = msgspec.structs.replace(job(0), steps=1)
+        amount = amount_of(quick)
+        first = asyncio.create_task(dispatcher.draw(quick))
+        await asyncio.sleep(0)
+        assert dispatcher.ahead() == (1, 1.0), "before the first is done nobody knows"
+        done = Done("req-0", b"", 1, "x", 0.0, 0.0, 1.0, 20.0, decoding_s=9.0)
+        dispatcher._on_message(cast(Any, engine), done)
+        await first
+        for number in range(1, 4):
+            dispatcher.admit(f"req{number}", "", 1, amount, 1e3)
+        assert dispatcher.ahead() == (3, pytest.approx(30.0))
+        with pytest.raises(RateLimited) as refused:
+            dispatcher.admit("req4", "", 1, amount, 1e3)
+        assert refused.value.retry_after == 5
+        drawing = [
+            asyncio.create_task(dispatcher.draw(msgspec.structs.replace(quick, id=f"req{number}-0")))
+            for number in range(1, 4)
+        ]
+        await asyncio.sleep(0)
+        assert dispatcher.ahead() == (3, pytest.approx(30.0)), "as jobs they are no more than as promises"
+        dispatcher._on_message(cast(Any, engine), Step("req1-0", 1, 1, 1.0))
+        assert dispatcher.ahead() == (3, pytest.approx(29.0))
+        assert dispatcher.outlook("req2") == (1, pytest.approx(19.0))
+        for task in drawing:
+            task.cancel()
+        await asyncio.gather(*drawing, return_exceptions=True)
 
     asyncio.run(run())

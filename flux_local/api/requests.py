@@ -121,7 +121,7 @@ class Requests:
     def _admitted(self, work: Work) -> Iterator[None]:
         """Room for the work, given back if it comes to nothing."""
         pictures = 0 if work.plan.untouched else len(work.params.seeds)
-        self.services.dispatcher.admit(work.id, work.owner, pictures, work.plan.token_steps, work.seconds)
+        self.services.dispatcher.admit(work.id, work.owner, pictures, work.plan.amount, work.seconds)
         try:
             yield
         except BaseException:

@@ -69,7 +69,7 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
     async def with_image(request: Request, route: Route) -> Response:
         until = deadline_of(request, services.settings.request_timeout)
         if HEADER not in request.headers:  # what would be refused need not be sent, and decoded, first
-            services.dispatcher.check_open(owner_of(request), pictures=1, token_steps=0)
+            services.dispatcher.check_open(owner_of(request), pictures=1)
         async with uploads.received(request, route) as upload, services.decoder.turn() as decode:
             ready = await prepared(request, route, upload.raw, await upload.decoded(decode))
         return await once(request, route, until, *ready)

@@ -151,7 +151,7 @@ class Work:
     ) -> tuple[dict[str, Any], Done]:
         """One picture: its entry of `data`, empty where it was flagged, and the engine's account of it."""
         if self.plan.untouched:
-            done = Done("", b"", 0, self.params.prompt_read, 0.0, 0.0, 0.0, 0.0)
+            done = Done("", b"", 0, self.params.prompt_read, 0.0, 0.0, 0.0, 0.0, 0.0)
             data = await asyncio.to_thread(self.plan.file, index)
         else:
             arguments = (f"{self.id}-{index}", index, self.owner, deadline)

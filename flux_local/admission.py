@@ -1,0 +1,104 @@
+"""What is taken in: how much may wait, and how long all of it takes at the speed that was measured.
+
+Plain arithmetic over jobs; knows neither engines nor HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flux_local.errors import RateLimited
+from flux_local.messages import Job
+
+UNLIKELY = 4.0
+"""Times the usual price of a token: what a step or a decoding took beyond that, the machine stood still."""
+NEWEST = 0.05
+"""Share that the newest measurement has of a price."""
+
+
+class Amount(NamedTuple):
+    """Work, by what it costs: image tokens times steps, and image tokens that are decoded."""
+
+    token_steps: float
+    decoded: int
+
+    def plus(self, other: Amount, times: int = 1) -> Amount:
+        return Amount(self.token_steps + times * other.token_steps, self.decoded + times * other.decoded)
+
+
+NOTHING = Amount(0, 0)
+
+
+def amount_of(job: Job, steps_left: int | None = None) -> Amount:
+    """The work of a picture, or what is left of it with so many of its steps to go. All of its decodings, those of
+    partial pictures too, are left until it is done."""
+    share = 1.0 if steps_left is None else steps_left / max(1, job.steps - job.skip)
+    return Amount(share * job.steps_computed * job.tokens, job.canvas_tokens * (1 + job.partials))
+
+
+@dataclass
+class Held:
+    """The part of an admitted request that has not come as jobs yet."""
+
+    owner: str
+    pictures: int
+    amount: Amount
+
+    def take(self, job: Job) -> None:
+        """One of its pictures has come."""
+        self.pictures -= 1
+        self.amount = self.amount.plus(amount_of(job), -1)
+
+
+@dataclass
+class Speed:
+    """Seconds of a device for an image token: in a step, and in a decoding, which nobody has told before the first."""
+
+    step: float = 1e-4
+    decoding: float = 0.0
+
+    def seconds(self, amount: Amount) -> float:
+        return amount.token_steps * self.step + amount.decoded * self.decoding
+
+    def stepped(self, seconds: float) -> None:
+        """A step took so many seconds a token."""
+        self.step += NEWEST * (min(seconds, UNLIKELY * self.step) - self.step)
+
+    def decoded(self, seconds: float) -> None:
+        """A decoding took so many seconds a token."""
+        usual = self.decoding or seconds
+        self.decoding = usual + NEWEST * (min(seconds, UNLIKELY * usual) - usual)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is promised.
+
+    `pictures` that may wait, `seconds` of work that may be before a new one, and of both the `share` that one key may
+    hold where there are several.
+    """
+
+    pictures: int
+    seconds: float
+    share: float
+
+    def check(self, more: tuple[int, float], waiting: tuple[int, float], of_key: bool) -> None:
+        """Whether there is room for more beside what waits, each in pictures and seconds: of all, or of one key.
+
+        Raises:
+            RateLimited: there is none, and when there will be. What nothing is before is taken however long it is.
+        """
+        share = self.share if of_key else 1.0
+        pictures, seconds = waiting
+        too_many = pictures + more[0] - max(1, share * self.pictures)
+        over = seconds + more[1] - share * self.seconds
+        if not pictures or (too_many <= 0 and over <= 0):
+            return
+        wait = max(over, min(too_many, pictures) * seconds / pictures)
+        raise RateLimited(
+            f"Too many pictures are waiting{' for this key' if of_key else ''}. Try again after the time "
+            "in Retry-After, or ask for fewer or smaller ones or for fewer steps.",
+            retry_after=min(120, max(1, math.ceil(wait))),
+        )
