@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
     download = commands.add_parser("download", help="get the real model from the hub, whole and checked")
     download.set_defaults(run=run_download)
-    download.add_argument("repository", nargs="?", default=REPOSITORY, help=f"default: {REPOSITORY}")
+    download.add_argument("repository", nargs="?", default=REPOSITORY, help=f"on the hub (default: {REPOSITORY})")
     download.add_argument("--to", metavar="FOLDER", help="default: weights/ and the model's name")
     download.add_argument("--revision", help="a branch, tag or commit of it (default: its newest)")
     download.add_argument("--only", choices=["tokenizers"], help="what a checkpoint of single files lacks")
@@ -99,8 +99,8 @@ def parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure a server's latency and pictures a second")
     bench.set_defaults(run=run_bench)
-    bench.add_argument("--url", help="a server that runs, with FLUX_LOCAL_API_KEYS (default: start one for that)")
-    bench.add_argument("--requests", type=at_least_one, default=32, help="measured, for each row (default 32)")
+    bench.add_argument("--url", help="of a server that runs; its key is in FLUX_LOCAL_API_KEYS (default: start one)")
+    bench.add_argument("--requests", type=at_least_one, default=32, help="requests measured for each row (default 32)")
     bench.add_argument("--concurrency", type=at_least_one, nargs="+", default=[1, 4, 16], metavar="CLIENTS",
                        help="a row for each: so many clients at once (default 1 4 16)")  # fmt: skip
     bench.add_argument("--prompt", default="a large red star on a blue background", metavar="STRING",

@@ -62,17 +62,19 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ] = "auto"
     go_fast: Annotated[bool, Meta(description="Draw in fp8 when the request does not say.")] = False
     fp8_attention: Annotated[
-        bool, Meta(description="In fp8, attention too: a GPU needs a library that does it, and no start without.")
+        bool,
+        Meta(description="Attention in fp8 too. A GPU needs a library for it, or the server does not start."),
     ] = False
     safety_checker: Annotated[
         Literal["auto", "on", "off"], Meta(description="Look at every picture: 'auto' where the checker's weights are.")
     ] = "auto"
     safety_model: Annotated[str, Meta(description="Folder of the checker, an image classifier.")] = "weights/safety"
     safety_labels: Annotated[
-        str, Meta(description="Labels of the classifier whose pictures are left out, by commas.")
+        str, Meta(description="Labels of the classifier, separated by commas, whose pictures are left out.")
     ] = "nsfw,unsafe,porn,hentai,nude,explicit"
     safety_threshold: Annotated[
-        float, Meta(gt=0, le=1, description="Probability of those labels from which on a picture is left out.")
+        float,
+        Meta(gt=0, le=1, description="Sum of those labels' probabilities from which on a picture is left out."),
     ] = 0.5
     safety_optional: Annotated[bool, Meta(description="Whether a request may turn the checker off.")] = False
     cache_dir: Annotated[str, Meta(description="Folder for what `flux-local prepare` makes.")] = "~/.cache/flux-local"
@@ -108,7 +110,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         int,
         Meta(
             ge=1,
-            description="Falls of an engine that end it: within --engine-window, no picture finished between.",
+            description="Crashes or hangs within --engine-window, and no picture between, that end an engine for good.",
         ),
     ] = 5
     engine_window: Annotated[float, Meta(gt=0, description="Seconds within which --engine-falls are counted.")] = 600.0

@@ -136,7 +136,9 @@ def engines(settings: Settings, folder: Path) -> Callable[[Hooks], Sequence[Engi
         try:
             from flux_local import cluster
         except ImportError as error:
-            raise SettingsError("A cluster wants Ray: pip install 'flux-local[cluster]'.") from error
+            raise SettingsError(
+                "A cluster wants Ray. In the checkout: .venv/bin/pip install -c constraints.txt -e '.[cluster]'"
+            ) from error
         return cluster.engines(settings, guard)
     options = settings.engine_options()
     return lambda hooks: [Supervisor(folder, device, guard, hooks, options) for device in settings.device_list()]

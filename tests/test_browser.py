@@ -200,7 +200,9 @@ def test_settings_are_taken_over_and_a_picture_deleted(page: Any, own: Server) -
     source = page.get_attribute(".card .picture img", "src")
     opened(page, own)
     page.click(".card .picture")
-    assert page.get_attribute("#download", "download") == "flux-9.webp"
+    with page.expect_download() as download:
+        page.click("#download")
+    assert download.value.suggested_filename == "flux-9.webp", "not the name that opens it"
     assert "144x112" in page.inner_text("#viewed-facts")
     page.click("#reuse")
     assert page.input_value("[name=prompt]") == STAR
@@ -224,6 +226,36 @@ def test_a_picture_can_be_started_from_whatever_its_format(page: Any, kind: str)
     page.locator("#editor").wait_for()
     draw(page, "a small yellow circle on a blue background", n="")
     wait(page, ".card.done", 2)
+
+
+def test_a_picture_can_be_pasted_and_text_stays_text(page: Any) -> None:
+    """Office programs put a picture of the text beside it."""
+    paste = """async (text) => {
+      const blob = await new Promise((done) => document.createElement("canvas").toBlob(done));
+      const clipboardData = new DataTransfer();
+      clipboardData.items.add(new File([blob], "pasted.png", { type: "image/png" }));
+      if (text) clipboardData.setData("text/plain", text);
+      document.dispatchEvent(new ClipboardEvent("paste", { clipboardData }));
+    }"""
+    page.evaluate(paste, "")
+    page.wait_for_selector("#editor:not([hidden])")
+    page.click("#remove-image")
+    page.evaluate(paste, "a red star")
+    page.evaluate("new Promise((done) => setTimeout(done, 300))")
+    assert page.locator("#drop").is_visible()
+
+
+def test_a_server_that_comes_back_is_found_and_what_was_written_kept(page: Any) -> None:
+    page.fill("[name=prompt]", STAR)
+    page.route("**/v1/models*", lambda route: route.abort())
+    page.reload()
+    page.wait_for_selector("#problem:not([hidden])")
+    assert page.input_value("[name=prompt]") == STAR
+    page.unroute("**/v1/models*")
+    page.wait_for_selector("#main-fields label")
+    assert page.locator("#problem").is_hidden()
+    page.click("text=Draw")
+    wait(page, ".card.done .picture img", 1)
 
 
 def test_what_was_written_is_shown_and_never_run(page: Any, own: Server) -> None:

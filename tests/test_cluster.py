@@ -186,4 +186,4 @@ def test_without_ray(tmp_path: Path) -> None:
     (tmp_path / "ray.py").write_text("raise ImportError")
     with started(tmp_path, "--cluster", "auto") as server:  # its working directory comes first on its path
         assert server.process.wait(60) == 2
-        assert "pip install 'flux-local[cluster]'" in server.output
+        assert "pip install -c constraints.txt -e '.[cluster]'" in server.output

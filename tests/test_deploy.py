@@ -10,6 +10,7 @@ import httpx
 import yaml
 
 from flux_local import errors
+from flux_local.api.uploads import BODY_LIMIT
 from flux_local.config import PREFIX, Settings
 from tests.servers import ROOT, Server
 
@@ -54,3 +55,14 @@ def test_the_container_knows_files_and_settings() -> None:
     assert len(names) == 6
     assert {name.lower() for name in names} <= set(Settings.__struct_fields__)
     assert (ROOT / "deploy" / service["build"]["context"] / service["build"]["dockerfile"]).resolve().is_file()
+
+
+def test_the_proxy_lets_through_what_the_server_takes() -> None:
+    lines = (DEPLOY / "nginx.conf").read_text()
+    size, timeout, address = (
+        re.findall(rf"^ *{name} (.+);$", lines, re.MULTILINE)[0]
+        for name in ("client_max_body_size", "proxy_read_timeout", "proxy_pass")
+    )
+    assert int(size.removesuffix("m")) << 20 > BODY_LIMIT
+    assert int(timeout.removesuffix("s")) > Settings().request_timeout
+    assert address == f"http://{Settings().host}:{Settings().port}"

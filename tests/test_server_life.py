@@ -181,6 +181,7 @@ def test_without_keys_it_is_for_its_own_machine(tmp_path: Path, server: Server) 
     with running(tmp_path, "--host", "0.0.0.0", "--response-format", "b64_json", *flags) as anybodys:
         reached = anybodys.url.replace("0.0.0.0", "127.0.0.1") + "/v1/models"
         assert httpx.get(reached, headers={"host": "gpu-box"}).status_code == 200
+        assert httpx.get(reached, headers={"host": "evil.example"}).status_code == 400, "it has a name"
         assert httpx.get(reached, headers={"host": "gpu-box", "origin": "http://evil.example"}).status_code == 400
         for origin in ("https://pictures.example", "app://notes"):
             assert httpx.get(reached, headers={"host": "inside:8000", "origin": origin}).status_code == 200

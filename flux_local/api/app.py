@@ -60,7 +60,8 @@ def create_app(services: Services, requests: Requests) -> ASGIApp:
     if keys := services.settings.keys():
         gated = KeyGate(gated, keys)
     else:
-        any_host, public = not is_loopback(services.settings.host), services.settings.public_name()
+        public = services.settings.public_name()
+        any_host = public is None and not is_loopback(services.settings.host)
         gated = OwnGate(gated, services.settings.origins(), any_host, public)
     if origins := services.settings.origins():
         gated = CORSMiddleware(gated, allow_origins=origins, allow_methods=["*"], allow_headers=["*"],

@@ -71,7 +71,7 @@ class OwnGate:
 
     Args:
         origins: of the pages that may call, beside the server's own.
-        any_host: whether it may be called by any name, or only by addresses, `localhost` and `public`.
+        any_host: whether it may be called by any name, or only by addresses, names without a dot and `public`.
         public: the name in its public address, if it has one.
     """
 
@@ -94,8 +94,8 @@ class OwnGate:
         name = name_in(f"//{host}")
         if not self.any_host and not is_local(name) and name != self.public:
             return (
-                "This server has no API keys and is for its own machine: call it as 127.0.0.1 or localhost. Its "
-                "operator can give it keys, or tell it its name with --public-url."
+                "This server has no API keys and does not answer to this name: call it by its address, as localhost, "
+                "or by the name that its operator gave it with --public-url."
             )
         own = origin is None or origin.partition("://")[2] == host or sent.get(b"sec-fetch-site") == "same-origin"
         if own or origin in self.origins or (self.public is not None and name_in(origin or "") == self.public):
@@ -122,8 +122,9 @@ def name_in(url: str) -> str | None:
 
 
 def is_local(name: str | None) -> bool:
-    """Whether a name is an address, or one that cannot be made to lead elsewhere; a client may also give none."""
-    if name is None or name == "localhost" or name.endswith(".localhost"):
+    """Whether a name is an address, or one that strangers cannot make lead elsewhere: of this machine, or without a
+    dot, as in a container's network. A client may also give none."""
+    if name is None or "." not in name or name.endswith(".localhost"):
         return True
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)

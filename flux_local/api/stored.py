@@ -50,7 +50,7 @@ def router(services: Services, requests: Requests) -> APIRouter:
             headers={
                 "x-content-type-options": "nosniff",
                 "content-security-policy": "default-src 'none'; sandbox",
-                "content-disposition": f'inline; filename="{name}"',
+                "content-disposition": "inline",  # no name: it would be this one, which is as good as a key
                 "cache-control": "private, max-age=3600",
             },
         )

@@ -4,7 +4,7 @@ const KEY = "flux-local key";
 
 export class ApiError extends Error {
   constructor(status, error, retryAfter) {
-    super((error?.message ?? `The server answered ${status}.`) + (retryAfter ? ` (${retryAfter} s)` : ""));
+    super((error?.message ?? `The server answered ${status}.`) + (retryAfter ? ` (Retry-After: ${retryAfter} s)` : ""));
     this.status = status;
     this.param = error?.param ?? null;
   }

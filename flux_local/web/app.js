@@ -14,6 +14,7 @@ const READ = ["image/png", "image/jpeg", "image/webp"]; // by the server
 const painter = new Painter(byId("mask"), byId("brush"));
 const cards = new Map(); // by request
 let form = null;
+let loading = false;
 let unready = new Problem("The server has not answered yet. Reload the page if this stays.", null);
 let image = null; // the File or Blob to start from
 let viewed = null; // { card, item } in the viewer
@@ -25,6 +26,7 @@ async function showState() {
   try {
     const { model, device, precision } = await get("ready");
     text = `${model} on ${device}, ${precision}`;
+    if (form === null && unready.status !== 401) await load();
   } catch (error) {
     text = error instanceof ApiError ? error.message : "The server does not answer.";
   }
@@ -40,7 +42,6 @@ async function askForKey() {
   await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
   if (dialog.returnValue !== "use") return;
   key.set(byId("key-value").value);
-  sessionStorage.setItem(KEPT_PROMPT, byId("form").elements.prompt.value);
   location.reload();
 }
 
@@ -51,7 +52,9 @@ function problem(error) {
   box.hidden = error === null;
   box.textContent = error?.message ?? "";
   form?.mark(error?.param ?? null);
-  if (error?.status === 401) askForKey();
+  if (error?.status !== 401) return;
+  byId("docs").hidden = true; // a link cannot show a key
+  askForKey();
 }
 
 function ready() {
@@ -201,6 +204,8 @@ document.addEventListener("keydown", (event) => {
 });
 byId("file").addEventListener("change", ({ target }) => target.files[0] && start(target.files[0]));
 document.addEventListener("paste", ({ clipboardData }) => {
+  // Office programs copy text as a picture too: where there is text, it is meant.
+  if (document.querySelector("dialog[open]") || clipboardData.types.includes("text/plain")) return;
   const file = [...clipboardData.files].find(({ type }) => type.startsWith("image/"));
   if (file) start(file);
 });
@@ -238,8 +243,11 @@ byId("curl").onclick = async ({ target }) => {
 };
 byId("close").onclick = () => byId("viewer").close();
 byId("reuse").onclick = () => {
-  form.fill(viewed.card.params, viewed.item.seed);
+  const { params } = viewed.card;
+  form.fill(params, viewed.item.seed);
   byId("viewer").close();
+  const drawnOver = params.strength !== null && params.strength !== undefined;
+  problem(drawnOver && !image ? new Problem("This was drawn from a picture. Add it to draw the same again.", null) : null);
 };
 byId("edit").onclick = async () => {
   byId("viewer").close();
@@ -260,21 +268,29 @@ window.addEventListener("beforeunload", (event) => {
   if (streaming()) event.preventDefault();
 });
 
+window.addEventListener("pagehide", () => sessionStorage.setItem(KEPT_PROMPT, byId("form").elements.prompt.value));
+
 // The beginning.
 
-async function begin() {
-  byId("docs").hidden = key.get() !== ""; // a link cannot show the key
-  byId("form").elements.prompt.value ||= sessionStorage.getItem(KEPT_PROMPT) ?? "";
-  sessionStorage.removeItem(KEPT_PROMPT);
-  showState();
-  setInterval(showState, STATE_EVERY);
-  const { data } = await get("v1/models?schema=true");
-  form = new Form(data[0].parameters, byId("form").elements.prompt, byId("main-fields"), byId("more-fields"));
-  form.show("generations");
-  await showHistory();
+/** The fields and the history; tried again when the server answers, if it did not. */
+async function load() {
+  if (loading) return;
+  loading = true;
+  try {
+    const { data } = await get("v1/models?schema=true");
+    form = new Form(data[0].parameters, byId("form").elements.prompt, byId("main-fields"), byId("more-fields"));
+    form.show("generations");
+    problem(null);
+    await showHistory();
+  } catch (error) {
+    unready = error;
+    problem(error);
+  }
+  loading = false;
 }
 
-begin().catch((error) => {
-  unready = error;
-  problem(error);
-});
+byId("docs").hidden = key.get() !== ""; // a link cannot show the key
+byId("form").elements.prompt.value ||= sessionStorage.getItem(KEPT_PROMPT) ?? "";
+load();
+showState();
+setInterval(showState, STATE_EVERY);

@@ -124,6 +124,7 @@ function control(row) {
     if (row.maximum) input.maxLength = row.maximum;
   }
   if (row.name in PLACEHOLDERS) input.placeholder = String(PLACEHOLDERS[row.name]);
+  input.setAttribute("aria-description", row.description.replaceAll("`", ""));
   const wide = row.type === "string" && !choices && row.name !== "size";
   const label = el("label", { className: wide ? "field wide" : "field", title: row.description.replaceAll("`", "") },
     el("span", { textContent: title(row) }), input);
