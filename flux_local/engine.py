@@ -208,9 +208,6 @@ class Engine:
         started = time.monotonic()
         try:
             drawing.picture = begin_picture(self.pipeline, drawing.job, self.prompts)
-        except FluxError as error:
-            self.end_with(drawing, error)
-            return
         except Exception as error:  # the boundary of a request
             self.after_error([drawing], error)
             return
@@ -288,9 +285,11 @@ class Engine:
         if memory.is_fatal(error):
             raise error
         if not memory.is_exhausted(error):
-            log.error("%d pictures failed", len(batch), exc_info=error)
+            if not isinstance(error, FluxError):
+                log.error("%d pictures failed", len(batch), exc_info=error)
+                error = InternalError(f"The model failed ({type(error).__name__}). Try again.")
             for drawing in batch:
-                self.end_with(drawing, InternalError(f"The model failed ({type(error).__name__}). Try again."))
+                self.end_with(drawing, error)
             return
         self.pipeline.make_room(w.picture for w in self.drawings.values() if w.picture is not None)
         canvas = (batch[0].job.width, batch[0].job.height)

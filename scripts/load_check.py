@@ -170,7 +170,7 @@ def switches(pipeline: Any, folder: Path) -> dict[str, float]:
         factors[f"transformer.{name}.lora_B.weight"] = 0.01 * torch.randn(out, RANK)
     path = folder / "adapter.safetensors"
     save_file(factors, path)
-    choice = ((str(path), 1.0, 0),)
+    choice = ((str(path), 1.0, path.stat().st_mtime_ns),)
     taken = {}
     for name, wanted in (("first", choice), ("off", ()), ("again", choice), ("off again", ()), ("held", choice)):
         began = time.perf_counter()

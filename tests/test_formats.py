@@ -65,6 +65,18 @@ def test_a_folder_of_single_files_is_a_model(original: Any, tmp_path: Path) -> N
     assert np.array_equal(drawn(load_at(folder)), original)
 
 
+def test_of_several_autoencoders_flux_s_own_is_taken(tmp_path: Path) -> None:
+    """SD3's has as many channels; its pictures would have other colours."""
+    path = formats.comfy_folders(tmp_path / "models")
+    vae = tmp_path / "models" / "vae"
+    for other in ("SD3_vae", "sd35_vae", "taef1", "aesthetic"):
+        shutil.copyfile(vae / "ae.safetensors", vae / f"{other}.safetensors")
+    own = vae / "ae.safetensors"
+    for name in ("ae", "flux-ae.fp16", "FLUX_AE"):
+        own = own.rename(vae / f"{name}.safetensors")
+        assert weights.identify(path).parts["vae"].headers[0].path == own
+
+
 @pytest.mark.parametrize(("write", "decibels"), ROUNDED)
 def test_the_same_picture_but_for_rounding(
     write: Callable[[Path], Path], decibels: float, original: Any, tmp_path: Path

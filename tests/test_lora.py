@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import pickle
 import re
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ BODY = {"prompt": "a large red star on a blue background", "size": "128x128", "s
         "response_format": "b64_json"}  # fmt: skip
 
 
+ALL_KINDS = (
+    "transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0", "transformer_blocks.0.ff.net.0.proj",
+    "transformer_blocks.1.norm1_context.linear", "single_transformer_blocks.1.proj_mlp", "x_embedder",
+    "norm_out.linear",
+)  # fmt: skip
+
+
 def factors(layers: dict[str, tuple[int, int]], seed: int = 0, size: float = 0.3) -> dict[str, Factors]:
     """Random factors for the layers given with their [out, in]."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,6 +58,11 @@ def factors(layers: dict[str, tuple[int, int]], seed: int = 0, size: float = 0.3
         return size * torch.randn(rows, columns, generator=generator) * columns**-0.5
 
     return {name: Factors(random(out, RANK), random(RANK, into)) for name, (out, into) in layers.items()}
+
+
+def asked(path: Path, scale: float = 1.0) -> tuple[str, float, int]:
+    """As a request asks for the file that is there now."""
+    return str(path), scale, path.stat().st_mtime_ns
 
 
 def diffusers_layout(adapter: dict[str, Factors]) -> dict[str, Tensor]:
@@ -86,6 +99,28 @@ def xlabs_layout(adapter: dict[str, Factors]) -> dict[str, Tensor]:
         key = f"double_blocks.{match[1]}.processor.proj_lora{1 if match[2] == 'to_out.0' else 2}"
         found |= {f"{key}.down.weight": f.down.clone(), f"{key}.up.weight": f.up.clone()}
     return found
+
+
+def onetrainer_layout(adapter: dict[str, Factors]) -> dict[str, Tensor]:
+    """diffusers' names with underlines, and an alpha of half the rank."""
+    found = {}
+    for name, f in adapter.items():
+        key = "lora_transformer_" + name.replace(".", "_")
+        found |= {f"{key}.lora_down.weight": f.down.clone(), f"{key}.lora_up.weight": 2 * f.up,
+                  f"{key}.alpha": torch.tensor(RANK / 2)}  # fmt: skip
+    return found | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 4)}
+
+
+def prefixed(prefix: str, suffix: str) -> Callable[[dict[str, Factors]], dict[str, Tensor]]:
+    """diffusers' names after and before something else."""
+
+    def layout(adapter: dict[str, Factors]) -> dict[str, Tensor]:
+        found = {}
+        for name, f in adapter.items():
+            found |= {f"{prefix}{name}.lora_A{suffix}": f.down.clone(), f"{prefix}{name}.lora_B{suffix}": f.up.clone()}
+        return found
+
+    return layout
 
 
 def bfl_layout(adapter: dict[str, Factors]) -> dict[str, Tensor]:
@@ -139,7 +174,7 @@ def test_a_merged_transformer_is_one_of_merged_weights(small: Any, scale: float,
     first, second = factors(shapes(transformer)), factors({"proj_out": shapes(transformer)["proj_out"]}, seed=1)
     for name, adapter in (("a", first), ("b", second)):
         save_file(diffusers_layout(adapter), tmp_path / f"{name}.safetensors")
-    choice = ((str(tmp_path / "a.safetensors"), scale, 0), (str(tmp_path / "b.safetensors"), 0.5, 0))
+    choice = (asked(tmp_path / "a.safetensors", scale), asked(tmp_path / "b.safetensors", 0.5))
     Adapters(state.__getitem__).use(transformer, choice)
     expected = FluxTransformer(
         transformer.geometry, Layers(merged(merged(state, first, scale), second, 0.5).__getitem__)
@@ -163,6 +198,11 @@ def test_a_merged_transformer_is_one_of_merged_weights(small: Any, scale: float,
         (kohya_layout, ("transformer_blocks.1.attn.to_out.0", "transformer_blocks.0.ff.net.2",
                         "single_transformer_blocks.0.proj_out")),
         (xlabs_layout, ("transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.attn.to_add_out")),
+        (onetrainer_layout, ALL_KINDS),
+        (prefixed("base_model.model.", ".default.weight"), ALL_KINDS),  # as PEFT has it in memory
+        (prefixed("base_model.model.", ".weight"), ALL_KINDS),
+        (prefixed("diffusion_model.", ".weight"), ALL_KINDS),
+        (prefixed("", ".weight"), ALL_KINDS),
     ],
 )  # fmt: skip
 def test_the_layouts_that_trainers_write(small: Any, layout: Any, layers: tuple[str, ...], tmp_path: Path) -> None:
@@ -217,7 +257,7 @@ def test_going_back_to_a_set_of_adapters_is_a_copy(small: Any, tmp_path: Path, m
     for i in range(KEPT + 2):
         adapter = factors({"transformer_blocks.1.attn.to_q": shapes(transformer)["transformer_blocks.1.attn.to_q"]}, i)
         save_file(diffusers_layout(adapter), tmp_path / f"{i}.safetensors")
-        names.append(((str(tmp_path / f"{i}.safetensors"), 1.0, 0),))
+        names.append((asked(tmp_path / f"{i}.safetensors", 1.0),))
     adapters, computed = Adapters(state.__getitem__), 0
     plain = adapters.sum
 
@@ -252,10 +292,41 @@ def test_weights_that_are_views_of_their_file_stay_apart(tmp_path: Path) -> None
     save_file(diffusers_layout(factors(shapes(transformer))), tmp_path / "a.safetensors")
     for _ in range(2):
         adapters = Adapters(tensors)
-        adapters.use(transformer, ((str(tmp_path / "a.safetensors"), 1.0, 0),))
+        adapters.use(transformer, (asked(tmp_path / "a.safetensors", 1.0),))
         assert not equal(weights_of(transformer), before)
         adapters.use(transformer, ())
         assert equal(weights_of(transformer), before)
+
+
+def test_a_file_that_is_written_over_changes_nothing_that_was_read(small: Any, tmp_path: Path) -> None:
+    """And what asks for the old one once it has gone is refused."""
+    state, transformer = small
+    first, second = (factors({"proj_out": shapes(transformer)["proj_out"]}, seed) for seed in (0, 1))
+    for name, adapter in (("a", first), ("b", second)):
+        save_file(diffusers_layout(adapter), tmp_path / f"{name}.safetensors")
+    path = tmp_path / "a.safetensors"
+    adapters, choice, beats = Adapters(state.__getitem__), (asked(path),), 0
+
+    def beat() -> None:
+        nonlocal beats
+        beats += 1
+
+    adapters.beat = beat
+    adapters.use(transformer, choice)
+    merged_once = weights_of(transformer)
+    assert beats == 2, "the file, and the one layer that it changes"
+    adapters.use(transformer, ())
+    path.write_bytes((tmp_path / "b.safetensors").read_bytes())  # in place, as cp does
+    os.utime(path, ns=(0, 0))
+    adapters.held.clear()
+    adapters.use(transformer, choice)
+    assert equal(weights_of(transformer), merged_once)
+    adapters.read.clear()
+    adapters.use(transformer, ())
+    with pytest.raises(InvalidValue, match="changed or removed"):
+        adapters.use(transformer, choice)
+    adapters.use(transformer, (asked(path),))
+    assert not equal(weights_of(transformer), merged_once)
 
 
 def test_a_change_that_went_wrong_is_made_anew(small: Any, tmp_path: Path) -> None:
@@ -264,7 +335,7 @@ def test_a_change_that_went_wrong_is_made_anew(small: Any, tmp_path: Path) -> No
     before, name = weights_of(transformer), "transformer_blocks.1.attn.to_"
     adapter = factors({f"{name}{part}": shapes(transformer)[f"{name}{part}"] for part in "qkv"})
     save_file(diffusers_layout(adapter), tmp_path / "a.safetensors")
-    choice = ((str(tmp_path / "a.safetensors"), 1.0, 0),)
+    choice = (asked(tmp_path / "a.safetensors", 1.0),)
 
     def weights(asked: str) -> Tensor:
         if asked == f"{name}v.weight" and short:
@@ -320,10 +391,10 @@ def test_nothing_drifts_in_a_thousand_switches(small: Any, tmp_path: Path) -> No
     for i in range(3):
         adapter = factors({name: shapes(transformer)[name] for name in few}, i)
         save_file(diffusers_layout(adapter), tmp_path / f"{i}.safetensors")
-        names.append(str(tmp_path / f"{i}.safetensors"))
+        names.append(tmp_path / f"{i}.safetensors")
     adapters = Adapters(state.__getitem__)
     for i in range(1000):
-        adapters.use((transformer, fast)[i % 2], ((names[i % 3], 0.5 + i % 5, 0),))
+        adapters.use((transformer, fast)[i % 2], (asked(names[i % 3], 0.5 + i % 5),))
     assert not equal(weights_of(transformer), before[0])
     assert not equal(weights_of(fast), before[1])
     adapters.use(transformer, ())
@@ -338,7 +409,7 @@ def test_a_switch_on_the_embedded_model_takes_milliseconds(tmp_path: Path) -> No
     assert isinstance(transformer, FluxTransformer)
     assert pipeline.adapters is not None
     save_file(diffusers_layout(factors(shapes(transformer))), tmp_path / "a.safetensors")
-    choice = ((str(tmp_path / "a.safetensors"), 1.0, 0),)
+    choice = (asked(tmp_path / "a.safetensors", 1.0),)
     seconds, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     for i in range(20):

@@ -14,13 +14,14 @@ import torch
 
 from flux_local import weights
 from flux_local.errors import StartError
-from flux_local.model import memory
+from flux_local.model import hostmemory, memory
 from flux_local.model.checkpoint import Checkpoint, identify
 from flux_local.model.flux1 import CONFIGS, SCHEDULER, TRANSFORMER
 from flux_local.model.layers import HostLinear, Linear
 from flux_local.model.loader import Pipeline, load
 from flux_local.model.memory import Plan, Sizes, Tier, plan, step_work
 from flux_local.model.vae import Autoencoder
+from flux_local.sizes import RATIOS, canvas_for, table_size
 from tests.servers import MODEL, pictures, running, started
 from tests.test_formats import drawn
 
@@ -135,9 +136,48 @@ def test_a_cpu_needs_memory_for_all_of_it_in_fp32(krea: Checkpoint) -> None:
 
 
 def test_engines_share_the_memory_of_their_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    memory.MEMINFO.write_text("MemTotal:       64000000 kB\nMemAvailable:   40000000 kB\n")
+    monkeypatch.setattr(hostmemory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(hostmemory, "OWN_GROUPS", tmp_path / "none")
+    hostmemory.MEMINFO.write_text("MemTotal:       64000000 kB\nMemAvailable:   40000000 kB\n")
     assert [memory.host_room(sharing) // 1_024_000 for sharing in (1, 2, 4)] == [40000, 32000, 16000]
+
+
+def test_a_container_s_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its own group's and those that it is in; what it keeps of files gives way."""
+    monkeypatch.setattr(hostmemory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(hostmemory, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(hostmemory, "GROUPS", tmp_path / "groups")
+    hostmemory.MEMINFO.write_text("MemTotal:       64000000 kB\nMemAvailable:   40000000 kB\n")
+
+    def group(path: str, files: dict[str, str]) -> None:
+        (tmp_path / "groups" / path).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / "groups" / path / name).write_text(text + "\n")
+
+    def room() -> tuple[int, int]:
+        return hostmemory.total() // GB, hostmemory.available() // GB
+
+    hostmemory.OWN_GROUPS.write_text("0::/pod/box\n")
+    assert room() == (65, 40), "no such folders, no limit"
+    stat = f"anon {5 * GB}\ninactive_file {2 * GB}\nactive_file {GB}"
+    group("pod/box", {"memory.max": "max", "memory.current": str(8 * GB), "memory.stat": stat})
+    assert room() == (65, 40)
+    group("pod", {"memory.max": str(32 * GB), "memory.current": str(8 * GB), "memory.stat": stat})
+    assert room() == (32, 27)
+    group("pod/box", {"memory.max": str(16 * GB)})
+    assert room() == (16, 11)
+    hostmemory.OWN_GROUPS.write_text("5:devices:/\n4:cpu,memory:/docker/0123\n")  # version 1, as a container sees it
+    old = {"memory.limit_in_bytes": str(12 * GB), "memory.usage_in_bytes": str(8 * GB)}
+    group("memory", old | {"memory.stat": f"total_inactive_file {GB}\ntotal_active_file 0"})
+    assert room() == (12, 5)
+    assert memory.host_room(3) // GB == 4
+
+
+@pytest.mark.parametrize("free", [24.5, 24.75, 24.95, 25.2, 25.4])
+def test_whether_a_usual_picture_is_tiled_is_no_matter_of_what_is_free(krea: Checkpoint, free: float) -> None:
+    laid_out = plan(Sizes.of(krea), int(free * GB))
+    largest = max(canvas_for(table_size(ratio, "1K"), weights.KREA.canvas).area for ratio in RATIOS)
+    assert laid_out.tile_above is None or laid_out.tile_above >= largest
 
 
 def test_without_products_in_fp8_its_weights_are_no_smaller(krea: Checkpoint) -> None:

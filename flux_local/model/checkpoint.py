@@ -65,8 +65,8 @@ NAMED = {
     "text_encoder": "the CLIP text encoder (clip_l.safetensors)",
     "text_encoder_2": "the T5 text encoder (t5xxl_fp16.safetensors or one in fp8)",
 }
-USUAL = {"vae": "ae", "text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
-"""Part of the name that a component's file has in FLUX.1's own repository."""
+USUAL = {"vae": r"(?<![a-z])ae(?![a-z])", "text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
+"""Part of the name that a component's file has in FLUX.1's own repository. 'sd3_vae' is not the 'ae', and as large."""
 
 log = logging.getLogger("flux_local.checkpoint")
 
@@ -258,7 +258,7 @@ def finest(part: Part) -> int:
 
 def usual(component: Component, part: Part) -> bool:
     """Whether its file has the name that FLUX.1's has everywhere; a fine-tuned one beside it has another."""
-    return USUAL[component] in part.headers[0].path.stem.lower()
+    return re.search(USUAL[component], part.headers[0].path.stem.lower()) is not None
 
 
 def check_transformer(part: Part) -> None:

@@ -227,9 +227,11 @@ def load(
         host = transformer_weights(part, geometry, "cpu", dtype)
         fast = None
         if plain:
-            module = reference_module(checkpoint, host if plan.tier == "offload" else weights)
             if plan.tier == "offload":
+                module = reference_module(checkpoint, host, plan.pinned and device != "cpu")
                 bring_in_groups(module, device, plan.pinned, blocks=True)
+            else:
+                module = reference_module(checkpoint, weights)
             denoiser = Denoiser(ReferenceTransformer(module, torch.device(device)))
         elif plan.tier in ("fp8", "swap"):
             convert, native = conversion(torch.device(device), ops)

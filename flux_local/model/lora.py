@@ -3,8 +3,8 @@
 A layer with adapters has the weight base + Σ scale · up · down, computed in fp32 and rounded once, in the memory that
 it had before: recorded graphs stay good, and fp8 layers are quantised anew from the sum. The base is never computed
 back but loaded again, so that nothing drifts; what a layer held lately is kept where the device has room, so that
-going back costs a copy. Key layouts are told apart and converted by diffusers, but for Black Forest Labs' own and
-Kohya's, which has the same names (`bfl`).
+going back costs a copy. Key layouts are told apart here: Black Forest Labs' own and Kohya's, which has the same names
+(`bfl`); diffusers' names as several trainers write them (`lora_names`); all else diffusers converts.
 Knows nothing of where adapters are kept or who may use them.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flux_local.errors import InvalidValue
-from flux_local.model import bfl, memory
+from flux_local.model import bfl, lora_names, memory
 from flux_local.model.layers import HostLinear, Linear, Weights
 from flux_local.model.transformer import FluxTransformer
 
@@ -61,7 +62,7 @@ class Adapters:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.beat: Callable[[], None] = lambda: None
-        """Called after each layer: a change of adapters may take long, but not in silence."""
+        """Called after each file, and each part of a layer: a change of adapters may take long, but not in silence."""
         self.bases: dict[str, Tensor] = {}
         self.merged: dict[int, Choice | None] = {}
         """What a layer has; None while it is changed, and if that went wrong."""
@@ -98,7 +99,6 @@ class Adapters:
                 self.merged[id(linear)] = None
                 self.change(linear, wanted, acting)
                 self.merged[id(linear)] = wanted
-                self.beat()
         self.at = (id(transformer), choice)
 
     def change(self, linear: Linear, wanted: Choice, acting: list[tuple[One, Adapter]]) -> None:
@@ -107,11 +107,13 @@ class Adapters:
         if key in self.held:
             self.held.move_to_end(key)
             linear.restore(self.held[key])
+            self.beat()
             return
         row = 0
         for name, rows in linear.parts:
             linear.load(self.sum(name, acting), row)
             row += rows
+            self.beat()
         if isinstance(linear, HostLinear) or not memory.has_room(linear.weight):
             return
         self.held[key] = tuple(tensor.clone() for tensor in linear.state())
@@ -141,10 +143,18 @@ class Adapters:
         return base
 
     def adapter(self, path: str, version: int, transformer: FluxTransformer) -> Adapter:
-        """The file's factors, checked against the transformer."""
+        """The file's factors, checked against the transformer.
+
+        Raises:
+            InvalidValue: as `read`; or there is another file by now.
+        """
         key = (path, version)
         if key not in self.read:
-            self.read[key] = read(path, shapes(transformer))
+            found = read(path, shapes(transformer))
+            if version_of(path) != version:
+                raise refused(Path(path).stem, "its file has been changed or removed since the request came")
+            self.read[key] = found
+            self.beat()
         self.read.move_to_end(key)
         while len(self.read) > KEPT or (len(self.read) > 1 and sum(map(nbytes, self.read.values())) > KEPT_BYTES):
             self.read.popitem(last=False)
@@ -155,13 +165,21 @@ def nbytes(adapter: Adapter) -> int:
     return sum(factors.up.nbytes + factors.down.nbytes for factors in adapter.values())
 
 
+def version_of(path: str) -> int | None:
+    """As `loras.located` has it; None if the file is gone."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None
+
+
 def shapes(transformer: FluxTransformer) -> dict[str, tuple[int, int]]:
     """[out, in] of every layer that an adapter may change, by its name in diffusers' module."""
     return {name: (rows, linear.weight.shape[1]) for linear in transformer.linears() for name, rows in linear.parts}
 
 
 def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
-    """A file in diffusers', Kohya's, XLabs' or Black Forest Labs' layout.
+    """A file in diffusers', PEFT's, OneTrainer's, Kohya's, XLabs' or Black Forest Labs' layout.
 
     Raises:
         InvalidValue: not safetensors, a layout that nobody knows, or layers that this model does not have.
@@ -180,6 +198,8 @@ def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
     try:
         if bfl.is_adapter(stored):
             found, alphas = bfl.adapter(stored, shapes, shapes["x_embedder"][0])
+        elif (plain := lora_names.plain(stored, shapes)) is not None:
+            found, alphas = plain
         else:
             found, alphas = FluxPipeline.lora_state_dict(stored, return_alphas=True)
     except Exception as error:  # a stranger's file: whatever a reader makes of it is about the file
@@ -196,7 +216,8 @@ def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
         ):
             raise refused(name, f"its {layer} is for another model")
         strength = stated.strength(layer, down.shape[0], (alphas or {}).get(f"transformer.{layer}.alpha"))
-        adapter[layer] = Factors(up.float() * strength, down.float())
+        # Copies: what safetensors gives are views of the file, which may be written over.
+        adapter[layer] = Factors(up.float() * strength, down.to(torch.float32, copy=True))
         if not bool(torch.isfinite(adapter[layer].up).all() and torch.isfinite(adapter[layer].down).all()):
             raise refused(name, f"its {layer} holds values that are not finite")
     if not adapter:

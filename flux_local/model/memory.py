@@ -11,12 +11,12 @@ import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from flux_local.errors import StartError
+from flux_local.model import hostmemory
 from flux_local.model.checkpoint import Checkpoint, Part
 from flux_local.model.headers import volume
 
@@ -44,7 +44,6 @@ CPU_WORD = 4
 
 OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation."""
-MEMINFO = Path("/proc/meminfo")
 WORD = 2
 """Bytes of a number on a GPU: bf16."""
 BUFFERS = 16
@@ -54,8 +53,9 @@ STEP_TOKENS = 4096
 """Image tokens of a step that batching may reach, whatever the canvas."""
 DECODER_BUFFERS = 3
 """Pictures at full size, with the channels before the last level, that decoding holds at once."""
-SMALLEST_DECODE = 1 << 20
-"""Pixels that have to be decoded in one piece; above, tiles will do."""
+SMALLEST_DECODE = 1_100_000
+"""Pixels that have to be decoded in one piece, whatever is free: those of every canvas of the size table's 1K. Above,
+tiles will do."""
 TILE_STEP = 1 << 19
 """Pixels by which that grows with the room there is: few values, so that starts alike decode alike."""
 KEPT = 256 << 20
@@ -297,7 +297,7 @@ def room(device: str) -> int | None:
 
 def host_room(sharing: int = 1) -> int:
     """Free bytes of host memory, and no more than the share of one of so many engines."""
-    return min(host_memory("MemAvailable"), host_memory("MemTotal") // sharing)
+    return min(hostmemory.available(), hostmemory.total() // sharing)
 
 
 def sharing(device: str, devices: Sequence[str]) -> int:
@@ -331,19 +331,10 @@ def is_fatal(error: BaseException) -> bool:
 def has_room(tensor: torch.Tensor) -> bool:
     """Whether a copy of a tensor may stay where it is with a fifth of the memory to spare for work."""
     if tensor.device.type != "cuda":
-        total, available = (host_memory(name) for name in ("MemTotal", "MemAvailable"))
-        return available - tensor.nbytes > total // 5
+        return hostmemory.available() - tensor.nbytes > hostmemory.total() // 5
     # What the allocator has in reserve does not count: a part of it belongs to graphs.
     free_bytes, total = torch.cuda.mem_get_info(tensor.device)
     return free_bytes - tensor.nbytes > total // 5
-
-
-def host_memory(name: str) -> int:
-    """Bytes, by the kernel's name for them in /proc/meminfo."""
-    for line in MEMINFO.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise KeyError(name)
 
 
 def keep_freed() -> None:

@@ -127,14 +127,20 @@ def built(
     return module.eval().requires_grad_(False)
 
 
-def reference_module(checkpoint: Checkpoint, weights: Weights) -> Any:
-    """diffusers' own module with these tensors."""
+def reference_module(checkpoint: Checkpoint, weights: Weights, pinned: bool = False) -> Any:
+    """diffusers' own module with these tensors.
+
+    Args:
+        pinned: in memory that a GPU may copy by itself. diffusers' hooks do that too, but for all blocks before they
+            let go the first one's own.
+    """
     from accelerate import init_empty_weights
     from diffusers import FluxTransformer2DModel
 
     with init_empty_weights():
         module = FluxTransformer2DModel.from_config(checkpoint.config("transformer"))
-    module.load_state_dict({name: weights(name) for name in module.state_dict()}, assign=True)
+    state = {name: weights(name).pin_memory() if pinned else weights(name) for name in module.state_dict()}
+    module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
 
 
