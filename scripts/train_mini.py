@@ -190,7 +190,8 @@ def evaluate(options: argparse.Namespace) -> None:
         side, _ = canvas_for(table_size("1:1", "1K"), flow.CANVAS)
         record["edits"] = abilities.edits(pipeline, side, options.steps, world)
         record["guidance"] = abilities.guidance(pipeline, side, options.steps, world)
-        print(record["edits"], record["guidance"], sep="\n")
+        record["softness"] = abilities.softness(pipeline, side, options.steps, world)
+        print(record["edits"], record["guidance"], record["softness"], sep="\n")
     (options.out / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
     sheet(pipeline, options.out / "samples.png", options.steps, side=192, world=world)
     parts = {"transformer": "transformer", "autoencoder": "vae", "T5": "text_encoder_2", "CLIP": "text_encoder"}

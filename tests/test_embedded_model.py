@@ -6,9 +6,12 @@ import random
 from typing import Any
 
 import pytest
+from mini.abilities import softness
 from mini.drawings import WORLDS, World, draw, held_out, random_scene
 from mini.evaluate import kinds, paint, questions, share
 from mini.judge import judge
+from mini.judge import softness as softness_of
+from PIL import ImageFilter
 
 from flux_local.params import ModelInfo
 from tests.servers import MODEL
@@ -69,6 +72,22 @@ def test_it_draws_what_prompts_say(
     verdicts = [judge(p, q.scene, q.mentions_size) for p, q in zip(pictures, asked, strict=True)]
     right = {part: share(verdicts, part) for part in bounds}
     assert all(right[part] >= bound for part, bound in bounds.items()), right
+
+
+def test_softness_is_how_wide_an_edge_is() -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        scene = random_scene(rng, 192, 192, things=1)
+        sharp = draw(scene, 192, 192)
+        soft = [softness_of(sharp.filter(ImageFilter.BoxBlur(radius)), scene) for radius in (1, 2)]
+        assert 1.4 * softness_of(sharp, scene) < soft[0] < 0.8 * soft[1]
+
+
+def test_its_edges_are_crisp(pipeline: Any, mini: ModelInfo) -> None:
+    """At most so many times as wide as a drawing's, whose own edges are blended over a pixel."""
+    found = softness(pipeline, 192, mini.default_steps, WORLDS["whole"], count=SAMPLE)
+    assert found["drawing, through the autoencoder"] < 1.75 * found["drawing"], found
+    assert found["drawn from its prompt"] < 2.2 * found["drawing"], found
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from flux_local.model.loader import Pipeline
 from .drawings import RADII, Scene, Thing, World, draw
 from .evaluate import BATCH, Question, kinds, paint, questions
 from .judge import Seen, judge, look
+from .judge import softness as soft
 
 STRENGTHS = (0.3, 0.6, 0.9)
 GUIDANCE = (1.0, 4.5)
@@ -126,6 +127,23 @@ def inpainted(pipeline: Pipeline, side: int, steps: int, world: World, count: in
 def is_it(seen: Seen, thing: Thing, side: int) -> bool:
     away = math.dist(seen.centre, (thing.centre[0] * side, thing.centre[1] * side))
     return seen.colour == thing.colour and seen.shape == thing.shape and away < 0.15 * side
+
+
+def softness(pipeline: Pipeline, side: int, steps: int, world: World, count: int = 150) -> dict[str, float]:
+    """The mean `judge.softness` of single things: as they should be, given back by the autoencoder, and drawn."""
+    asked = questions(count, 1, side, side, seed=6, world=world)
+    drawings = [draw(question.scene, side, side) for question in asked]
+    vae = pipeline.vae
+    back = [vae.decode(vae.encode(drawing.tobytes(), side, side), side, side) for drawing in drawings]
+    pictures = {
+        "drawing": drawings,
+        "drawing, through the autoencoder": [Image.frombytes("RGB", (side, side), pixels) for pixels in back],
+        "drawn from its prompt": list(paint(pipeline, [q.prompt for q in asked], side, side, steps)),
+    }
+    return {
+        name: round(float(np.nanmean([soft(p, q.scene) for p, q in zip(made, asked, strict=True)])), 2)
+        for name, made in pictures.items()
+    }
 
 
 def guidance(pipeline: Pipeline, side: int, steps: int, world: World, among: int = 300) -> dict[str, float]:

@@ -29,8 +29,8 @@ from .drawings import random_scene
 from .pools import drawings, latents_of
 from .run import Run
 
-STEPS = 6000
-RATE = 1.5e-4
+STEPS = 4500
+RATE = 3e-4
 AVERAGE = 0.995
 CANVASES = practice.CANVASES
 OWN, OTHERS = 0.2, 0.125  # windows in a batch, and windows of other drawings, for a picture of the transformer's batch
@@ -181,8 +181,7 @@ def train(
     painter = painter.eval().requires_grad_(False).to(run.device)
     if compiled:
         flow.compile_blocks(painter)
-    layout = torch.channels_last if run.bf16 else torch.contiguous_format  # the faster one of convolutions
-    autoencoder = autoencoder.eval().to(run.device, memory_format=layout)
+    autoencoder = autoencoder.eval().to(run.device, memory_format=torch.channels_last)
     decoder = autoencoder.decoder.requires_grad_(True)
     average = averaged(decoder)
     optimiser = torch.optim.AdamW(decoder.parameters(), lr=RATE, weight_decay=1e-4, betas=(0.9, 0.99))
@@ -198,11 +197,10 @@ def train(
             lesson = waiting.pop()
             count = len(lesson.meant)
             wanted = vae.as_tensor(np.concatenate([lesson.meant, lesson.others]), run.device)
-            wanted = wanted.contiguous(memory_format=layout)
             torch.manual_seed(run.seed * 1_000_003 + OFFSET + step)
             latents = torch.cat([lesson.latents, vae.under_noise(autoencoder, wanted[count:])])
             with run.autocast():
-                made = autoencoder.decode(latents.to(memory_format=layout)).sample.float()
+                made = autoencoder.decode(latents.to(memory_format=torch.channels_last)).sample.float()
             figures = {
                 name: (made[part] - wanted[part]).abs().mean().item()
                 for name, part in (("own", slice(count)), ("others", slice(count, None)))

@@ -158,6 +158,16 @@ def cover(pixels: np.ndarray, rows: np.ndarray, colour: Rgb) -> np.ndarray:
     return share
 
 
+def softness(picture: Image.Image, scene: Scene) -> float:
+    """How wide the edge of a scene's one thing is: pixels neither of its colour nor the background's, by 15% at least,
+    over the root of the thing's area, so that size makes no difference. NaN if it is not there.
+    """
+    pixels = np.asarray(picture.convert("RGB"))
+    share = cover(pixels, rows_of(pixels), COLOURS[scene.things[0].colour])
+    area = int((share > 0.5).sum())
+    return int(((share > 0.15) & (share < 0.85)).sum()) / math.sqrt(area) if area else math.nan
+
+
 def measure(share: np.ndarray, colour: str, world: World = FIRST) -> Seen | None:
     """The shape whose outline of the same area about the same centre of gravity overlaps best.
 
