@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import flux_local
 from flux_local import config
-from flux_local.config import BOOLEAN
+from flux_local.config import BOOLEAN, MEANT
 from flux_local.errors import FluxError, StartError
-from flux_local.forms import NO, YES
 from flux_local.model.checkpoint import TOKENIZERS
 from flux_local.parameters import PARAMETERS, Parameter
 from flux_local.weights import REPOSITORY
@@ -44,12 +43,11 @@ def with_values(words: Sequence[str]) -> list[str]:
     """A flag of yes or no may stand alone and means yes; what follows is its value only if that says yes or no."""
     flags = {setting.flag for setting in config.describe() if setting.type is bool}
     flags |= {flag for parameter in PARAMETERS if parameter.kind == "boolean" for flag in flags_of(parameter)}
-    meant = dict.fromkeys(YES, "true") | dict.fromkeys(NO, "false")
     found, left = list[str](), list(words)
     while left and left[0] != "--":
         word = left.pop(0)
         if word in flags:
-            word += f"={meant[left.pop(0).lower()] if left and left[0].lower() in meant else 'true'}"
+            word += f"={MEANT[left.pop(0).lower()] if left and left[0].lower() in MEANT else 'true'}"
         found.append(word)
     return found + left
 

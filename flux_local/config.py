@@ -26,6 +26,8 @@ PREFIX = "FLUX_LOCAL_"
 NOT_SETTINGS = frozenset({"FLUX_LOCAL_FAULTS"})
 SECRET = {"secret": True}
 BOOLEAN = "{true,false}"
+YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+MEANT = dict.fromkeys(YES, "true") | dict.fromkeys(NO, "false")
 """A value of yes or no, in a command's help."""
 
 
@@ -288,18 +290,23 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str] | None = None,
         SettingsError: an unknown setting or a bad value; the message says where it came from.
     """
     environment = os.environ if environment is None else environment
-    names = {setting.name for setting in describe()}
+    kinds = {setting.name: setting.type for setting in describe()}
     values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     if file is not None:
         try:
             values |= msgspec.toml.decode(Path(file).expanduser().read_bytes(), type=dict[str, Any])
         except (OSError, ValueError) as error:
             raise SettingsError(f"Cannot read the settings file {file}: {error}") from error
+        origins |= {name: f"{name} in {file}" for name in values}
     for variable, value in environment.items():
         if variable.startswith(PREFIX) and variable not in NOT_SETTINGS:
-            values[variable.removeprefix(PREFIX).lower()] = value
+            name = variable.removeprefix(PREFIX).lower()
+            values[name] = MEANT.get(value.lower(), value) if kinds.get(name) is bool else value
+            origins[name] = variable
     values |= flags
-    if unknown := sorted(set(values) - names):
+    origins |= {name: f"--{name.replace('_', '-')}" for name in flags}
+    if unknown := sorted(set(values) - set(kinds)):
         raise SettingsError(
             f"No such setting: {', '.join(unknown)}. `flux-local serve --help` lists them all, and says where API keys "
             "belong."
@@ -307,7 +314,9 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str] | None = None,
     try:
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"Bad setting: {error}.") from error
+        found = re.search(r" - at `\$\.(\w+)`$", str(error))
+        where = f"{origins[found[1]]}: {str(error)[: found.start()]}" if found else str(error)
+        raise SettingsError(f"Bad setting: {where}. `flux-local serve --help` says what it takes.") from error
     settings.origins()
     settings.public_name()
     return settings

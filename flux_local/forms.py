@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flux_local.config import NO, YES
 from flux_local.parameters import BY_NAME, Kind
 
 NUMBER = r"-?([0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})([eE][-+]?[0-9]{1,2})?"
-YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 def from_form(fields: Mapping[str, str]) -> dict[str, Any]:

@@ -213,28 +213,31 @@ class History:
         files: list[str] | None = None,
     ) -> bool:
         """Gives a request its one final state; False if it has one already or is gone."""
-        listed = response and without_pictures(response)
-        row = (status, time.time(), listed and json.dumps(listed), json.dumps(response) if response != listed else None,
-               error and json.dumps(error), json.dumps(files or []), id)  # fmt: skip
-        return await self._run(
-            lambda c: (
-                c.execute(
-                    "UPDATE requests SET status = ?, finished = ?, response = ?, pictures = ?, error = ?, files = ?,"
-                    " work = NULL WHERE id = ? AND status IN ('queued', 'running')",
-                    row,
-                ).rowcount
-                == 1
+        now = time.time()
+
+        def update(connection: sqlite3.Connection) -> bool:
+            listed = response and without_pictures(response)
+            row = (status, now, listed and json.dumps(listed), json.dumps(response) if response != listed else None,
+                   error and json.dumps(error), json.dumps(files or []), id)  # fmt: skip
+            done = connection.execute(
+                "UPDATE requests SET status = ?, finished = ?, response = ?, pictures = ?, error = ?, files = ?,"
+                " work = NULL WHERE id = ? AND status IN ('queued', 'running')",
+                row,
             )
-        )
+            return done.rowcount == 1
+
+        return await self._run(update)
 
     async def get(self, id: str, owner: str) -> Entry:
         """A request without its work. Raises `NotFound` unless the request is there and the owner's."""
-        rows = await self._run(
-            lambda c: c.execute(f"SELECT {SHOWN} FROM requests WHERE id = ? AND owner = ?", (id, owner)).fetchall()
+        found = await self._run(
+            lambda c: [
+                entry(row) for row in c.execute(f"SELECT {SHOWN} FROM requests WHERE id = ? AND owner = ?", (id, owner))
+            ]
         )
-        if not rows:
+        if not found:
             raise NotFound("There is no such request, or it has expired.")
-        return entry(rows[0])
+        return found[0]
 
     async def page(self, owner: str, limit: int, after: str | None = None) -> list[Entry]:
         """The owner's newest requests, newest first, without their work and without pictures as text; or those after

@@ -12,7 +12,7 @@ from functools import cached_property
 from PIL import Image
 
 from flux_local import images
-from flux_local.admission import Amount
+from flux_local.admission import NOTHING, Amount
 from flux_local.errors import InvalidImage, NotAvailable
 from flux_local.messages import Job
 from flux_local.params import GenerationParams
@@ -76,6 +76,8 @@ class Plan:
     @property
     def amount(self) -> Amount:
         """Of all pictures together."""
+        if self.untouched:
+            return NOTHING
         params, count = self.params, len(self.params.seeds)
         tokens, rows = params.canvas.area // 256, 1 if params.negative_prompt is None else 2
         decodings = 1 + (params.partial_images if params.stream else 0)

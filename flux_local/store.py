@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from flux_local.errors import AlreadyTaken, NotFound, SettingsError, StorageFull
@@ -70,6 +71,12 @@ class Store:
                 "The server cannot store the picture. Ask for response_format=b64_json, or free space on the server."
             ) from error
         return name
+
+    def renew(self, names: Iterable[str]) -> None:
+        """Has files expire together, counted from now: an answer's first picture may be much older than its last."""
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.utime(self.files / name)
 
     def load(self, name: str) -> bytes:
         """Raises `NotFound` for anything that is not the name of a file that has not expired."""

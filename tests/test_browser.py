@@ -254,7 +254,7 @@ def test_a_server_that_comes_back_is_found_and_what_was_written_kept(page: Any) 
     page.unroute("**/v1/models*")
     page.wait_for_selector("#main-fields label")
     assert page.locator("#problem").is_hidden()
-    page.click("text=Draw")
+    page.click("#form .go")
     wait(page, ".card.done .picture img", 1)
 
 

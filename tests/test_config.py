@@ -45,6 +45,24 @@ def test_unknown_settings_in_a_file_are_refused(tmp_path: Path) -> None:
         config.load({}, {}, str(file))
 
 
+def test_a_bad_value_is_told_by_where_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "s.toml"
+    file.write_text('max_wait = "long"\n')
+    for flags, environment, path, said in (
+        ({"max_pixels": "5"}, {"FLUX_LOCAL_MAX_PIXELS": "x"}, None, "--max-pixels: Expected `int` >= 256"),
+        ({}, {"FLUX_LOCAL_PORT": "x"}, None, "FLUX_LOCAL_PORT: Expected `int`"),
+        ({"port": "1"}, {}, str(file), f"max_wait in {file}: Expected `float`"),
+    ):
+        with pytest.raises(SettingsError) as refused:
+            config.load(flags, environment, path)
+        assert said in refused.value.message
+
+
+@pytest.mark.parametrize(("word", "meant"), [("yes", True), ("ON", True), ("0", False), ("No", False)])
+def test_yes_and_no_mean_the_same_everywhere(word: str, meant: bool) -> None:
+    assert config.load({}, {"FLUX_LOCAL_GO_FAST": word}).go_fast is meant
+
+
 def test_beyond_loopback_wants_keys_or_a_clear_word() -> None:
     config.check_open(config.load({"host": "0.0.0.0"}, {"FLUX_LOCAL_API_KEYS": "a, b"}))
     config.check_open(config.load({"host": "0.0.0.0", "allow_anonymous": "true"}, {}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import concurrent.futures
+import contextlib
 import errno
 import io
 import json
@@ -23,8 +24,9 @@ import pytest
 from mini.drawings import COLOURS, Scene, Thing, draw
 from mini.judge import look
 from PIL import Image, ImageChops, ImageColor
+from starlette.requests import Request
 
-from flux_local.api import bodies
+from flux_local.api import bodies, uploads
 from flux_local.decoder import SafeDecoder
 from flux_local.errors import InternalError
 from flux_local.params import ModelInfo, generation_params
@@ -167,6 +169,26 @@ def test_what_may_not_be_so_large_is_counted_while_it_comes(
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(head.encode() + begin + b"a red circle " * (enough // 13 + 100))
         assert b" 413 " in connection.recv(1000).split(b"\r\n")[0], "with megabytes still to come"
+
+
+def test_files_of_a_form_count_as_long_as_they_are_in_memory() -> None:
+    """Each file's beginning is, the rest waits on the disk."""
+    part = b'--x\r\ncontent-disposition: form-data; name="%d"; filename="a"\r\n\r\n' + b"a" * 200_000 + b"\r\n"
+    body = b"".join(part % number for number in range(50)) + b"--x--\r\n"
+    chunks = [body[at : at + 30_000] for at in range(0, len(body), 30_000)]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": chunks.pop(0), "more_body": bool(chunks)}
+
+    async def run() -> None:
+        scope = {"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=x")]}
+        before = bodies.MEMORY.taken
+        async with contextlib.AsyncExitStack() as stack:
+            await uploads.from_multipart(Request(scope, receive), stack)
+            assert 50 * 30_000 < bodies.MEMORY.taken - before <= 50 * uploads.Parts.spool_max_size
+        assert bodies.MEMORY.taken == before
+
+    asyncio.run(run())
 
 
 def test_a_picture_is_known_in_however_many_parts_it_comes() -> None:

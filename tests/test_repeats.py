@@ -15,8 +15,8 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_local.api.repeats import Keep, Repeats
-from flux_local.errors import DeadlineExceeded, TryLater
+from flux_local.api.repeats import MOST_WAITING, Keep, Repeats
+from flux_local.errors import Cancelled, DeadlineExceeded, TryLater
 from flux_local.history import History
 from tests.servers import Server, eventually, leaving_after, running
 
@@ -79,10 +79,55 @@ def test_a_repeat_takes_over_from_a_client_that_left(server: Server) -> None:
     assert [entry["status"] for entry in latest] == ["succeeded", "cancelled"]
 
 
+def with_key(left: asyncio.Event) -> Request:
+    """A request under the key k, whose client leaves when the event is set."""
+
+    async def receive() -> dict[str, str]:
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    return Request({"type": "http", "headers": [(b"idempotency-key", b"k")]}, receive)
+
+
+def test_a_repeat_whose_client_left_waits_no_more_and_takes_nothing_over(tmp_path: Path) -> None:
+    async def run() -> None:
+        history = History(tmp_path, 60)
+        repeats, stays, leaves = Repeats(history), asyncio.Event(), asyncio.Event()
+        over = asyncio.get_running_loop().create_future()
+        made: list[str] = []
+
+        async def make(name: str) -> Response:
+            made.append(name)
+            await over
+            return Response(status_code=500)
+
+        def asked(name: str, left: asyncio.Event) -> asyncio.Future[Response]:
+            request = with_key(left)
+            return asyncio.ensure_future(repeats.once(request, "", "generations", "f", 60, lambda _, keep: make(name)))
+
+        first = asked("first", stays)
+        await asyncio.sleep(0)
+        repeated = [asked("repeat", leaves) for _ in range(MOST_WAITING)]
+        await asyncio.sleep(0)
+        with pytest.raises(TryLater, match="Too many"):
+            await asked("one more", stays)
+        leaves.set()
+        ended = await asyncio.wait_for(asyncio.gather(*repeated, return_exceptions=True), 10)
+        assert {type(error) for error in ended} == {Cancelled}
+        waiting = asked("another", stays)
+        await asyncio.sleep(0)
+        over.set_result(None)
+        await asyncio.gather(first, waiting)
+        assert made == ["first", "another"]
+        history.close()
+
+    asyncio.run(run())
+
+
 def test_a_repeat_that_takes_over_has_what_is_left_of_its_time(tmp_path: Path) -> None:
     async def run() -> None:
         history = History(tmp_path, 60)
-        repeats, request = Repeats(history), Request({"type": "http", "headers": [(b"idempotency-key", b"k")]})
+        repeats, request = Repeats(history), with_key(asyncio.Event())
         left: list[float] = []
 
         async def fails(seconds: float, keep: Keep) -> Response:

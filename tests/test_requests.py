@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import io
 import json
@@ -199,6 +200,42 @@ def test_delete_cancels_what_runs_and_removes_what_is_stored(server: Server) -> 
     assert httpx.get(url).status_code == 404
 
 
+def test_deleted_twice_at_once_a_request_is_cancelled_once(server: Server) -> None:
+    """Whoever waits for it is told as always, however the two meet."""
+    work = {**BODY, "steps": 100, "n": 4, "size": "192x192"}
+    newest = httpx.get(server.url + "/v1/images/requests", params={"limit": 1}).json()["data"]
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        for _ in range(4):
+            waiting = pool.submit(server.post, work)
+            eventually(lambda: running_now(server) is not None)
+            location = f"{server.url}/v1/images/requests/{running_now(server)}"
+            deleted = [answer.status_code for answer in pool.map(httpx.delete, [location] * 8)]
+            assert set(deleted) <= {200, 404}
+            assert 200 in deleted
+            answer = waiting.result()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (499, "cancelled"), answer.text
+            assert "x-request-id" in answer.headers
+    assert httpx.get(server.url + "/v1/images/requests", params={"limit": 1}).json()["data"] == newest
+
+
+def running_now(server: Server) -> str | None:
+    """The newest request, if it is not done."""
+    for entry in httpx.get(server.url + "/v1/images/requests", params={"limit": 1}).json()["data"]:
+        return str(entry["id"]) if entry["status"] == "running" else None
+    return None
+
+
+def test_what_is_not_drawn_waits_in_the_same_queue(tmp_path: Path) -> None:
+    """Strength 0 keeps the picture; files of it are work all the same, and are kept in memory."""
+    work = {**BODY, "image": drawing(), "strength": 0, "size": "1024x1024", "n": 10, "output_format": "avif"}
+    with running(tmp_path, "--max-waiting", "10") as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: server.post(work, "/v1/images/edits"), range(4)))
+        codes = sorted(answer.status_code for answer in answers)
+        assert codes[0] == 200
+        assert codes[-1] == 429, codes
+        assert server.post(work, "/v1/images/edits").status_code == 200, "and it is let go"
+
+
 @pytest.mark.parametrize(("name", "value"), [("stream", True), ("sync_mode", True)])
 def test_what_does_not_go_together(server: Server, name: str, value: bool) -> None:
     answer = server.post({**BODY, name: value}, headers=ASYNC)
@@ -371,6 +408,8 @@ def test_accepted_work_ends_on_a_full_disk_too(tmp_path: Path) -> None:
         assert httpx.get(made[0]).json()["error"]["code"] == "storage_full"
         newest = httpx.get(server.url + "/v1/images/requests").json()["data"]
         assert [entry["status"] for entry in newest] == ["failed", "failed"]
+        assert httpx.delete(made[0]).status_code == 507
+        assert httpx.get(made[0]).json()["status"] == "failed", "and stays so where it cannot be deleted"
         process.rlimit(psutil.RLIMIT_FSIZE, limits)
         assert httpx.delete(made[0]).json()["status"] == "failed"
         assert httpx.get(made[0]).status_code == 404
@@ -433,4 +472,7 @@ def test_the_time_counts_from_when_the_request_arrives(server: Server) -> None:
         client.sendall(body[:-1])
         time.sleep(0.3)
         client.sendall(body[-1:])
-        assert '"code":"deadline_exceeded"' in answer(client)
+        late = answer(client)
+        assert '"code":"deadline_exceeded"' in late
+        assert "while it was being sent" in late
+        assert "x-should-retry: false" not in late.lower(), "it is no fault of the request's"

@@ -29,6 +29,15 @@ def test_what_was_saved_is_there_under_a_name_nobody_guesses(store: Store) -> No
         assert store.load(name) == b"data"
 
 
+def test_what_is_renewed_expires_with_the_rest(store: Store) -> None:
+    first, last = store.save(b"first", "png"), store.save(b"last", "png")
+    past = time.time() - 990
+    os.utime(store.files / first, (past, past))
+    store.renew([first, last, "gone.png"])
+    ages = [time.time() - (store.files / name).stat().st_mtime for name in (first, last)]
+    assert max(ages) < 5
+
+
 @pytest.mark.parametrize("name", ["", "lock", "../lock", ".x", "a" * 32 + ".exe", "a" * 32 + ".png", "a/b.png"])
 def test_nothing_else_can_be_read(store: Store, name: str) -> None:
     with pytest.raises(NotFound):

@@ -17,12 +17,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from flux_local.api.connection import done_while_connected
 from flux_local.errors import DeadlineExceeded, IdempotencyKeyReused, InvalidValue, StorageFull, TryLater
 from flux_local.history import History, Reply
 from flux_local.plan import Source
 
 HEADER = "idempotency-key"
 MAX_KEY = 255
+MOST_WAITING = 64
+"""Repeats that may wait at a time: each has its picture in memory."""
 Keep = Callable[[Response], Reply | None]
 """What is kept of an answer for its repeats: nothing without a key."""
 OWN_HEADERS = ("content-length", "x-request-id")
@@ -35,6 +38,7 @@ class Repeats:
     def __init__(self, history: History) -> None:
         self.history = history
         self.running: dict[tuple[str, str, str], tuple[str, asyncio.Future[None]]] = {}
+        self.waiting = 0
 
     async def once(
         self,
@@ -55,7 +59,7 @@ class Repeats:
 
         Raises:
             InvalidValue: not a key. IdempotencyKeyReused: the key was used for something else.
-            TryLater: the other request took too long.
+            TryLater: the other request took too long, or too many wait for others. Cancelled: the client went away.
         """
         key = key_of(request)
         if key is None:
@@ -69,9 +73,18 @@ class Repeats:
 
         while (running := self.running.get(place)) is not None:
             same(running[0], fingerprint)
-            waited = True
-            if not (await asyncio.wait([running[1]], timeout=max(0.0, began + seconds - time.monotonic())))[0]:
-                raise TryLater("The request that has this 'Idempotency-Key' is not done yet. Ask again later.")
+            waited, left = True, began + seconds - time.monotonic()
+            if self.waiting >= MOST_WAITING:
+                raise TryLater("Too many wait for the first request of an 'Idempotency-Key'. Ask again later.")
+            self.waiting += 1
+            try:
+                await done_while_connected(request, running[1], left)
+            except TimeoutError:
+                raise TryLater(
+                    "The request that has this 'Idempotency-Key' is not done yet. Ask again later."
+                ) from None
+            finally:
+                self.waiting -= 1
         ended = asyncio.get_running_loop().create_future()
         self.running[place] = (fingerprint, ended)
         try:

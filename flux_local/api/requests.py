@@ -120,8 +120,7 @@ class Requests:
     @contextlib.contextmanager
     def _admitted(self, work: Work) -> Iterator[None]:
         """Room for the work, given back if it comes to nothing."""
-        pictures = 0 if work.plan.untouched else len(work.params.seeds)
-        self.services.dispatcher.admit(work.id, work.owner, pictures, work.plan.amount, work.seconds)
+        self.services.dispatcher.admit(work.id, work.owner, len(work.params.seeds), work.plan.amount, work.seconds)
         try:
             yield
         except BaseException:
@@ -191,15 +190,16 @@ class Requests:
         """Cancels what still runs and removes what is stored; returns the entry as it was last.
 
         Raises:
-            NotFound: no such request of this owner.
+            NotFound: no such request of this owner. StorageFull: it stays as it is.
         """
         entry = await self.services.history.get(id, owner)
         if await self._cancelled(id):
             entry = await self.services.history.get(id, owner)
-        ending = self.unwritten.pop(id, None)
+        ending = self.unwritten.get(id)
+        await self.services.history.remove(id)  # first: where the disk is full, nothing is lost of what is not written
+        self.unwritten.pop(id, None)
         for name in (*entry.files, *(ending.files if ending else ())):
             await asyncio.to_thread(self.services.store.remove, name)
-        await self.services.history.remove(id)
         await self._cancelled(id)  # what was taken up from an earlier process meanwhile
         return ending.of(entry) if ending else entry
 
@@ -254,13 +254,15 @@ class Requests:
 
         try:
             body = await work.run(note, on_picture)
+            await asyncio.to_thread(self.services.store.renew, work.files)
             await self._finish(work.id, "succeeded", response=kept(body, whole), files=work.files)
         except asyncio.CancelledError:
             if live.refused is not None:
                 raise live.refused from None
             if self.stopping:
                 raise Draining("The server is stopping. Send the request again.", retry_after=5) from None
-            await self._finish(work.id, "cancelled", error=error_body(CANCELLED))
+            with contextlib.suppress(asyncio.CancelledError):  # once more: it is being written down all the same
+                await self._finish(work.id, "cancelled", error=error_body(CANCELLED))
             if live.cancelled:
                 raise Cancelled("The request was cancelled.") from None
             raise
@@ -278,10 +280,13 @@ class Requests:
         return body
 
     async def _finish(self, id: str, status: Status, **more: Any) -> None:
-        """Writes down a request's end, even if its client leaves meanwhile. What a full disk does not take is kept in
-        memory and written later."""
+        """Writes down a request's end, even if its client leaves meanwhile."""
+        await asyncio.shield(self._write_ending(id, status, **more))
+
+    async def _write_ending(self, id: str, status: Status, **more: Any) -> None:
+        """What a full disk does not take is kept in memory and written later."""
         try:
-            await asyncio.shield(self.services.history.finish(id, status, **more))
+            await self.services.history.finish(id, status, **more)
         except StorageFull:
             log.exception("the end of request %s (%s) could not be written down yet", id, status)
             self.unwritten[id] = Ending(status, **more)

@@ -14,10 +14,11 @@ from starlette.responses import Response
 from flux_local.api import bodies, schema, stream, uploads
 from flux_local.api.answers import JSON
 from flux_local.api.auth import owner_of
+from flux_local.api.connection import done_while_connected
 from flux_local.api.repeats import HEADER, Keep, Repeats, fingerprint_of
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services, Work, base_url
-from flux_local.errors import Cancelled, InvalidValue
+from flux_local.errors import InvalidValue, TryLater
 from flux_local.history import Entry
 from flux_local.parameters import Route
 from flux_local.params import GenerationParams, generation_params
@@ -63,7 +64,11 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
             # What is loaded, and which adapters there are, is no matter to a repeat: its answer may be stored.
             return await answer(request, requests, route, work_of(services, request, params, source, seconds), keep)
 
-        seconds = max(0.0, until - time.monotonic())
+        if (seconds := until - time.monotonic()) <= 0:
+            raise TryLater(
+                "The time for this passed while it was being sent and read. Send it again, or give it more by "
+                "'X-Request-Timeout'."
+            )
         return await repeats.once(request, owner_of(request), route, fingerprint, seconds, make)
 
     async def with_image(request: Request, route: Route) -> Response:
@@ -148,19 +153,9 @@ def deadline_of(request: Request, limit: float) -> float:
 
 async def while_connected(request: Request, task: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:
     """The task's result; if the client goes away first, the task is cancelled."""
-    gone = asyncio.ensure_future(disconnected(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Cancelled("The client went away.")
+        await done_while_connected(request, task)
         return await task
     finally:
-        gone.cancel()
         task.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def disconnected(request: Request) -> None:
-    """Returns when the client has gone. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        await asyncio.gather(task, return_exceptions=True)

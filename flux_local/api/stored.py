@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from flux_local.api import schema
+from flux_local.api.answers import JSON
 from flux_local.api.auth import owner_of
 from flux_local.api.requests import Requests
 from flux_local.api.work import Services
@@ -31,9 +32,10 @@ def router(services: Services, requests: Requests) -> APIRouter:
         return {"object": "list", "data": views, "has_more": len(entries) > limit}
 
     @routes.get("/images/requests/{id}", responses=schema.answers(schema.ENTRY))
-    async def history_entry(request: Request, id: str) -> dict[str, Any]:
+    async def history_entry(request: Request, id: str) -> Response:
         """One request: status, progress, parameters as run, result."""
-        return requests.view(await services.history.get(id, owner_of(request)))
+        view = requests.view(await services.history.get(id, owner_of(request)))
+        return await asyncio.to_thread(JSON, view)  # it may hold pictures
 
     @routes.delete("/images/requests/{id}", responses=schema.answers(schema.ENTRY))
     async def cancel(request: Request, id: str) -> dict[str, Any]:

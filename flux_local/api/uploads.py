@@ -105,7 +105,10 @@ Sent = tuple[dict[str, Any], Sequence[File], Sequence[File]]
 
 
 class Parts(MultiPartParser):
-    """A form's parts, counted as they come in: each file, all text together, and the memory of what is no file."""
+    """A form's parts, counted as they come in: each file, all text together, and the memory of what is no file, or of
+    a file's beginning, which Starlette keeps there."""
+
+    spool_max_size = 1 << 16
 
     def __init__(self, request: Request, take: Callable[[int], None]) -> None:
         """
@@ -126,8 +129,9 @@ class Parts(MultiPartParser):
         self.part += end - start
         if is_file and self.part > IMAGE_LIMIT:
             raise image_too_large(name if name in PICTURES else None)
-        if not is_file:
+        if not is_file or self.part <= self.spool_max_size:
             self.take(end - start)
+        if not is_file:
             self.text += 0 if name in PICTURES else end - start
         if self.text > bodies.JSON_LIMIT:
             raise RequestTooLarge(bodies.WITHOUT_PICTURES)
