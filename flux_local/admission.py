@@ -67,8 +67,8 @@ class Speed:
         self.step += NEWEST * (min(seconds, UNLIKELY * self.step) - self.step)
 
     def decoded(self, seconds: float) -> None:
-        """A decoding took so many seconds a token."""
-        usual = self.decoding or seconds
+        """A decoding took so many seconds a token. The first is measured by a step, which a start has tried."""
+        usual = self.decoding or min(seconds, UNLIKELY * self.step)
         self.decoding = usual + NEWEST * (min(seconds, UNLIKELY * usual) - usual)
 
 
@@ -88,7 +88,7 @@ class Limits:
         """Whether there is room for more beside what waits, each in pictures and seconds: of all, or of one key.
 
         Raises:
-            RateLimited: there is none, and when there will be. What nothing is before is taken however long it is.
+            RateLimited: there is none, and when there will be. Where nothing waits, anything is taken.
         """
         share = self.share if of_key else 1.0
         pictures, seconds = waiting

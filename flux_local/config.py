@@ -26,9 +26,9 @@ PREFIX = "FLUX_LOCAL_"
 NOT_SETTINGS = frozenset({"FLUX_LOCAL_FAULTS"})
 SECRET = {"secret": True}
 BOOLEAN = "{true,false}"
+"""A value of yes or no, in a command's help."""
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 MEANT = dict.fromkeys(YES, "true") | dict.fromkeys(NO, "false")
-"""A value of yes or no, in a command's help."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -302,8 +302,7 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str] | None = None,
     for variable, value in environment.items():
         if variable.startswith(PREFIX) and variable not in NOT_SETTINGS:
             name = variable.removeprefix(PREFIX).lower()
-            values[name] = MEANT.get(value.lower(), value) if kinds.get(name) is bool else value
-            origins[name] = variable
+            values[name], origins[name] = value, variable
     values |= flags
     origins |= {name: f"--{name.replace('_', '-')}" for name in flags}
     if unknown := sorted(set(values) - set(kinds)):
@@ -311,6 +310,9 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str] | None = None,
             f"No such setting: {', '.join(unknown)}. `flux-local serve --help` lists them all, and says where API keys "
             "belong."
         )
+    for name, value in values.items():
+        if kinds[name] is bool and isinstance(value, str):
+            values[name] = MEANT.get(value.lower(), value)
     try:
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:

@@ -234,7 +234,7 @@ def test_a_picture_can_be_pasted_and_text_stays_text(page: Any) -> None:
       const blob = await new Promise((done) => document.createElement("canvas").toBlob(done));
       const clipboardData = new DataTransfer();
       clipboardData.items.add(new File([blob], "pasted.png", { type: "image/png" }));
-      if (text) clipboardData.setData("text/plain", text);
+      for (const type of text ? ["text/plain", "text/html"] : []) clipboardData.setData(type, text);
       document.dispatchEvent(new ClipboardEvent("paste", { clipboardData }));
     }"""
     page.evaluate(paste, "")

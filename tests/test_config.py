@@ -59,8 +59,12 @@ def test_a_bad_value_is_told_by_where_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("word", "meant"), [("yes", True), ("ON", True), ("0", False), ("No", False)])
-def test_yes_and_no_mean_the_same_everywhere(word: str, meant: bool) -> None:
+def test_yes_and_no_mean_the_same_everywhere(word: str, meant: bool, tmp_path: Path) -> None:
+    file = tmp_path / "s.toml"
+    file.write_text(f'go_fast = "{word}"\n')
     assert config.load({}, {"FLUX_LOCAL_GO_FAST": word}).go_fast is meant
+    assert config.load({"go_fast": word}, {}).go_fast is meant
+    assert config.load({}, {}, str(file)).go_fast is meant
 
 
 def test_beyond_loopback_wants_keys_or_a_clear_word() -> None:

@@ -139,10 +139,10 @@ def test_a_machine_that_stood_still_is_not_slow_from_then_on() -> None:
 
 
 def test_what_waits_to_be_decoded_is_work_too() -> None:
-    """One step and a decoding that takes as long as nine: as much as ten, in every estimate."""
+    """One step and a decoding that takes as long as three: as much as four, in every estimate."""
 
     async def run() -> None:
-        dispatcher = Dispatcher(Limits(pictures=100, seconds=35.5, share=1.0), lambda hooks: [])
+        dispatcher = Dispatcher(Limits(pictures=100, seconds=12.5, share=1.0), lambda hooks: [])
         engine = Engine(True)
         dispatcher.engines, dispatcher.started = cast(list[Any], [engine]), True
         dispatcher.speed.step = 1 / 64
@@ -151,24 +151,24 @@ def test_what_waits_to_be_decoded_is_work_too() -> None:
         first = asyncio.create_task(dispatcher.draw(quick))
         await asyncio.sleep(0)
         assert dispatcher.ahead() == (1, 1.0), "before the first is done nobody knows"
-        done = Done("req-0", b"", 1, "x", 0.0, 0.0, 1.0, 20.0, decoding_s=9.0)
+        done = Done("req-0", b"", 1, "x", 0.0, 0.0, 1.0, 20.0, decoding_s=3.0)
         dispatcher._on_message(cast(Any, engine), done)
         await first
         for number in range(1, 4):
             dispatcher.admit(f"req{number}", "", 1, amount, 1e3)
-        assert dispatcher.ahead() == (3, pytest.approx(30.0))
+        assert dispatcher.ahead() == (3, pytest.approx(12.0))
         with pytest.raises(RateLimited) as refused:
             dispatcher.admit("req4", "", 1, amount, 1e3)
-        assert refused.value.retry_after == 5
+        assert refused.value.retry_after == 4
         drawing = [
             asyncio.create_task(dispatcher.draw(msgspec.structs.replace(quick, id=f"req{number}-0")))
             for number in range(1, 4)
         ]
         await asyncio.sleep(0)
-        assert dispatcher.ahead() == (3, pytest.approx(30.0)), "as jobs they are no more than as promises"
+        assert dispatcher.ahead() == (3, pytest.approx(12.0)), "as jobs they are no more than as promises"
         dispatcher._on_message(cast(Any, engine), Step("req1-0", 1, 1, 1.0))
-        assert dispatcher.ahead() == (3, pytest.approx(29.0))
-        assert dispatcher.outlook("req2") == (1, pytest.approx(19.0))
+        assert dispatcher.ahead() == (3, pytest.approx(11.0))
+        assert dispatcher.outlook("req2") == (1, pytest.approx(7.0))
         for task in drawing:
             task.cancel()
         await asyncio.gather(*drawing, return_exceptions=True)

@@ -210,10 +210,27 @@ def test_the_layouts_that_trainers_write(small: Any, layout: Any, layers: tuple[
     has = shapes(transformer)
     adapter = factors({name: has[name] for name in layers})
     save_file({k: v.contiguous() for k, v in layout(adapter).items()}, tmp_path / "a.safetensors")
+    (tmp_path / "a.json").write_text(json.dumps({"r": RANK, "lora_alpha": RANK}))
     found = read(str(tmp_path / "a.safetensors"), has)
     assert found.keys() == adapter.keys()
     for name, f in adapter.items():
         torch.testing.assert_close(found[name].up @ found[name].down, f.up @ f.down)
+
+
+def test_peft_s_own_file_has_its_strength_beside_it(small: Any, tmp_path: Path) -> None:
+    has = shapes(small[1])
+    adapter = factors({name: has[name] for name in ALL_KINDS})
+    layout = prefixed("base_model.model.", ".weight")
+    save_file({k: v.contiguous() for k, v in layout(adapter).items()}, tmp_path / "a.safetensors")
+    path = str(tmp_path / "a.safetensors")
+    with pytest.raises(InvalidValue, match=r"adapter_config.json, which has to be beside it as a\.json"):
+        read(path, has)
+    (tmp_path / "a.json").write_text(json.dumps({"r": RANK, "lora_alpha": 3 * RANK, "use_rslora": False}))
+    for name, found in read(path, has).items():
+        torch.testing.assert_close(found.up @ found.down, 3 * adapter[name].up @ adapter[name].down)
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(InvalidValue, match="cannot be read"):
+        read(path, has)
 
 
 def in_kohya_s_names(key: str) -> str:

@@ -42,7 +42,7 @@ def test_the_other_end_closing_is_the_end(pair: tuple[socket.socket, EngineChann
 
 def test_pixels_travel_as_they_are() -> None:
     pixels = bytes(range(256)) * 300
-    done = Done("id", pixels, 3, "x", 0.0, 0.1, 0.2, 0.3)
+    done = Done("id", pixels, 3, "x", 0.0, 0.1, 0.2, 0.3, 0.25)
     body = frame(done)[4:]
     assert pixels in body
     assert decode_from_engine(body) == done

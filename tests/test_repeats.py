@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_local.api.repeats import MOST_WAITING, Keep, Repeats
-from flux_local.errors import Cancelled, DeadlineExceeded, TryLater
+from flux_local.errors import Cancelled, DeadlineExceeded, RateLimited, TryLater
 from flux_local.history import History
 from tests.servers import Server, eventually, leaving_after, running
 
@@ -109,7 +109,7 @@ def test_a_repeat_whose_client_left_waits_no_more_and_takes_nothing_over(tmp_pat
         await asyncio.sleep(0)
         repeated = [asked("repeat", leaves) for _ in range(MOST_WAITING)]
         await asyncio.sleep(0)
-        with pytest.raises(TryLater, match="Too many"):
+        with pytest.raises(RateLimited, match="Too many"):
             await asked("one more", stays)
         leaves.set()
         ended = await asyncio.wait_for(asyncio.gather(*repeated, return_exceptions=True), 10)

@@ -33,7 +33,7 @@ STAGES = ("practice", "outlines", "finish")
 
 @pytest.mark.slow
 @pytest.mark.longest
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_it_trains_goes_on_exports_and_evaluates(tmp_path: Path) -> None:
     folder, work = tmp_path / "model", tmp_path / "work"
     command = [sys.executable, ROOT / "scripts" / "train_mini.py", "--out", folder, "--work", work,

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -18,14 +19,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_local.api.connection import done_while_connected
-from flux_local.errors import DeadlineExceeded, IdempotencyKeyReused, InvalidValue, StorageFull, TryLater
+from flux_local.errors import DeadlineExceeded, IdempotencyKeyReused, InvalidValue, RateLimited, StorageFull, TryLater
 from flux_local.history import History, Reply
 from flux_local.plan import Source
 
 HEADER = "idempotency-key"
 MAX_KEY = 255
 MOST_WAITING = 64
-"""Repeats that may wait at a time: each has its picture in memory."""
+"""Repeats of an owner that may wait at a time: each has its picture in memory."""
 Keep = Callable[[Response], Reply | None]
 """What is kept of an answer for its repeats: nothing without a key."""
 OWN_HEADERS = ("content-length", "x-request-id")
@@ -38,7 +39,8 @@ class Repeats:
     def __init__(self, history: History) -> None:
         self.history = history
         self.running: dict[tuple[str, str, str], tuple[str, asyncio.Future[None]]] = {}
-        self.waiting = 0
+        self.waiting: Counter[str] = Counter()
+        """By owner, repeats that wait for the first of their key."""
 
     async def once(
         self,
@@ -59,32 +61,20 @@ class Repeats:
 
         Raises:
             InvalidValue: not a key. IdempotencyKeyReused: the key was used for something else.
-            TryLater: the other request took too long, or too many wait for others. Cancelled: the client went away.
+            TryLater: the other request took too long. RateLimited: too many wait. Cancelled: the client went away.
         """
         key = key_of(request)
         if key is None:
             return await make(seconds, lambda answer: None)
-        place, began, waited = (owner, route, key), time.monotonic(), False
+        place, began = (owner, route, key), time.monotonic()
 
         def keep(answer: Response) -> Reply:
             headers = {name: value for name, value in answer.headers.items() if name not in OWN_HEADERS}
             id = request.scope["request_id"]
             return Reply(*place, id, fingerprint, answer.status_code, headers, bytes(answer.body))
 
-        while (running := self.running.get(place)) is not None:
-            same(running[0], fingerprint)
-            waited, left = True, began + seconds - time.monotonic()
-            if self.waiting >= MOST_WAITING:
-                raise TryLater("Too many wait for the first request of an 'Idempotency-Key'. Ask again later.")
-            self.waiting += 1
-            try:
-                await done_while_connected(request, running[1], left)
-            except TimeoutError:
-                raise TryLater(
-                    "The request that has this 'Idempotency-Key' is not done yet. Ask again later."
-                ) from None
-            finally:
-                self.waiting -= 1
+        if waited := place in self.running:
+            await self._others(request, place, fingerprint, began + seconds)
         ended = asyncio.get_running_loop().create_future()
         self.running[place] = (fingerprint, ended)
         try:
@@ -100,6 +90,24 @@ class Repeats:
         finally:
             del self.running[place]
             ended.set_result(None)
+
+    async def _others(self, request: Request, place: tuple[str, str, str], fingerprint: str, until: float) -> None:
+        """Waits until no other request of the key is under way. Raises as `once`."""
+        if self.waiting[place[0]] >= MOST_WAITING:
+            raise RateLimited(
+                "Too many requests wait for the first of their 'Idempotency-Key'. Try again after the time in "
+                "Retry-After.",
+                retry_after=5,
+            )
+        self.waiting[place[0]] += 1
+        try:
+            while (running := self.running.get(place)) is not None:
+                same(running[0], fingerprint)
+                await done_while_connected(request, running[1], until - time.monotonic())
+        except TimeoutError:
+            raise TryLater("The request that has this 'Idempotency-Key' is not done yet. Ask again later.") from None
+        finally:
+            self.waiting[place[0]] -= 1
 
 
 async def made_late(make: Callable[[float, Keep], Awaitable[Response]], seconds: float, keep: Keep) -> Response:

@@ -254,15 +254,13 @@ class Requests:
 
         try:
             body = await work.run(note, on_picture)
-            await asyncio.to_thread(self.services.store.renew, work.files)
             await self._finish(work.id, "succeeded", response=kept(body, whole), files=work.files)
         except asyncio.CancelledError:
             if live.refused is not None:
                 raise live.refused from None
             if self.stopping:
                 raise Draining("The server is stopping. Send the request again.", retry_after=5) from None
-            with contextlib.suppress(asyncio.CancelledError):  # once more: it is being written down all the same
-                await self._finish(work.id, "cancelled", error=error_body(CANCELLED))
+            await self._finish(work.id, "cancelled", error=error_body(CANCELLED))
             if live.cancelled:
                 raise Cancelled("The request was cancelled.") from None
             raise
@@ -280,12 +278,17 @@ class Requests:
         return body
 
     async def _finish(self, id: str, status: Status, **more: Any) -> None:
-        """Writes down a request's end, even if its client leaves meanwhile."""
-        await asyncio.shield(self._write_ending(id, status, **more))
+        """Writes down a request's end. Who cancels it meanwhile has come too late: this goes on until it is written."""
+        writing = asyncio.ensure_future(self._write_ending(id, status, **more))
+        while not writing.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([writing])
+        writing.result()
 
     async def _write_ending(self, id: str, status: Status, **more: Any) -> None:
         """What a full disk does not take is kept in memory and written later."""
         try:
+            await asyncio.to_thread(self.services.store.renew, more.get("files", ()))
             await self.services.history.finish(id, status, **more)
         except StorageFull:
             log.exception("the end of request %s (%s) could not be written down yet", id, status)

@@ -66,8 +66,8 @@ def router(services: Services, requests: Requests, repeats: Repeats) -> APIRoute
 
         if (seconds := until - time.monotonic()) <= 0:
             raise TryLater(
-                "The time for this passed while it was being sent and read. Send it again, or give it more by "
-                "'X-Request-Timeout'."
+                "The time for this ('X-Request-Timeout', or the server's limit) passed while it was being sent. Send "
+                "it again, or send less."
             )
         return await repeats.once(request, owner_of(request), route, fingerprint, seconds, make)
 

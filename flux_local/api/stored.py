@@ -38,9 +38,10 @@ def router(services: Services, requests: Requests) -> APIRouter:
         return await asyncio.to_thread(JSON, view)  # it may hold pictures
 
     @routes.delete("/images/requests/{id}", responses=schema.answers(schema.ENTRY))
-    async def cancel(request: Request, id: str) -> dict[str, Any]:
+    async def cancel(request: Request, id: str) -> Response:
         """Cancel what still runs and remove what is stored."""
-        return {**requests.view(await requests.remove(id, owner_of(request))), "deleted": True}
+        gone = {**requests.view(await requests.remove(id, owner_of(request))), "deleted": True}
+        return await asyncio.to_thread(JSON, gone)
 
     @routes.get("/images/files/{name}", responses=schema.FILE_ANSWERS)
     async def file(name: str) -> Response:

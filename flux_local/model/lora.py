@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,10 +191,15 @@ def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
     name = Path(path).stem
     try:
         with safe_open(path, "pt") as file:
-            stated = Stated.read(file.metadata() or {})
+            said = (file.metadata() or {}).get(STATED)
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if (of_peft := lora_names.is_peft(stored)) and (beside := Path(path).with_suffix(".json")).is_file():
+            said = beside.read_text()
+        stated = Stated.read(json.loads(said or "{}"))
     except Exception as error:  # a stranger's file: whatever a reader makes of it is about the file
         raise refused(name, f"it cannot be read ({type(error).__name__})") from error
+    if of_peft and stated.alpha is None:
+        raise refused(name, f"PEFT keeps its strength in adapter_config.json, which has to be beside it as {name}.json")
     stored = only_products(name, stored, stated)
     try:
         if bfl.is_adapter(stored):
@@ -227,7 +233,8 @@ def read(path: str, shapes: dict[str, tuple[int, int]]) -> Adapter:
 
 @dataclass(frozen=True)
 class Stated:
-    """What a file's metadata say of its strength: PEFT's `lora_alpha`, `alpha_pattern`, `use_rslora`, `use_dora`."""
+    """What a file's metadata say of its strength, or PEFT's configuration beside it: `lora_alpha`, `alpha_pattern`,
+    `use_rslora`, `use_dora`."""
 
     alpha: float | None = None
     alphas: tuple[tuple[str, float], ...] = ()
@@ -235,8 +242,7 @@ class Stated:
     dora: bool = False
 
     @classmethod
-    def read(cls, metadata: dict[str, str]) -> Stated:
-        found = json.loads(metadata.get(STATED) or "{}")
+    def read(cls, found: dict[str, Any]) -> Stated:
         own = {key.removeprefix("transformer."): value for key, value in found.items()}
         alpha, patterns = own.get("lora_alpha"), own.get("alpha_pattern") or {}
         return cls(

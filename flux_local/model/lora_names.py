@@ -20,6 +20,13 @@ OF_TEXT = ("text_encoder", "lora_te")
 """How keys of a text encoder's part begin."""
 
 
+def is_peft(keys: Iterable[str]) -> bool:
+    """Whether PEFT wrote it by itself, and how strong it is into another file; a trainer that is like it has alphas."""
+    keys = [*keys]
+    wrapped = any(key.startswith("base_model.") and "transformer_blocks." in key for key in keys)
+    return wrapped and not any(key.endswith(".alpha") for key in keys)
+
+
 def plain(stored: dict[str, Tensor], layers: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, float]] | None:
     """The file as diffusers' state dict and its alphas; None if it has anything else for the transformer.
 

@@ -8,14 +8,14 @@ import { Painter, png } from "./mask.js";
 
 const STATE_EVERY = 5000; // milliseconds between looks at the server's state
 const PAGE = 24; // requests of the history at a time
-const KEPT_PROMPT = "flux-local prompt"; // over a reload of this page's own
+const KEPT_PROMPT = "flux-local prompt"; // over a reload
 const READ = ["image/png", "image/jpeg", "image/webp"]; // by the server
 
 const painter = new Painter(byId("mask"), byId("brush"));
 const cards = new Map(); // by request
 let form = null;
-let loading = false;
-let unready = new Problem("The server has not answered yet. Reload the page if this stays.", null);
+let [loading, loaded] = [false, false];
+let unready = new Problem("The server has not answered yet; this page asks again by itself.", null);
 let image = null; // the File or Blob to start from
 let viewed = null; // { card, item } in the viewer
 
@@ -26,7 +26,7 @@ async function showState() {
   try {
     const { model, device, precision } = await get("ready");
     text = `${model} on ${device}, ${precision}`;
-    if (form === null && unready.status !== 401) await load();
+    if (!loaded && unready.status !== 401) await load();
   } catch (error) {
     text = error instanceof ApiError ? error.message : "The server does not answer.";
   }
@@ -204,8 +204,9 @@ document.addEventListener("keydown", (event) => {
 });
 byId("file").addEventListener("change", ({ target }) => target.files[0] && start(target.files[0]));
 document.addEventListener("paste", ({ clipboardData }) => {
-  // Office programs copy text as a picture too: where there is text, it is meant.
-  if (document.querySelector("dialog[open]") || clipboardData.types.includes("text/plain")) return;
+  // Office programs copy text in every form, as a picture too; a file's name comes as plain text alone.
+  const isText = ["text/plain", "text/html"].every((type) => clipboardData.types.includes(type));
+  if (isText || document.querySelector("dialog[open]")) return;
   const file = [...clipboardData.files].find(({ type }) => type.startsWith("image/"));
   if (file) start(file);
 });
@@ -277,11 +278,14 @@ async function load() {
   if (loading) return;
   loading = true;
   try {
-    const { data } = await get("v1/models?schema=true");
-    form = new Form(data[0].parameters, byId("form").elements.prompt, byId("main-fields"), byId("more-fields"));
-    form.show("generations");
-    problem(null);
+    if (form === null) {
+      const { data } = await get("v1/models?schema=true");
+      form = new Form(data[0].parameters, byId("form").elements.prompt, byId("main-fields"), byId("more-fields"));
+      form.show("generations");
+      problem(null);
+    }
     await showHistory();
+    loaded = true;
   } catch (error) {
     unready = error;
     problem(error);
