@@ -278,7 +278,7 @@ def only_products(name: str, stored: dict[str, Tensor], stated: Stated) -> dict[
 
 def pairs(name: str, found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Layer, up and down of each pair in diffusers' layout."""
-    ignored = [key for key in found if key.startswith(("text_encoder", "lora_te"))]
+    ignored = [key for key in found if key.startswith(lora_names.OF_TEXT)]
     if ignored:
         log.warning("the adapter %s has a part for the text encoder, which is not used", name)
     for key, down in found.items():
