@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import getpass
 import json
 import logging
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import flux_local
 from flux_local import config
@@ -58,13 +59,30 @@ class Command(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses what it does not know, where argparse leaves that to the root, which does not know the flags."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self.refusal(unknown[0].partition("=")[0]))
+        return found, unknown
+
+    def refusal(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"'{word}' is one word too many. What has spaces in it wants quotes around it."
+        near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+        return f"there is no {word}." + (f" Did you mean {near[0]}?" if near else "")
+
+    def error(self, message: str) -> NoReturn:
+        end = "" if message.endswith((".", "?")) else "."
+        self.exit(2, f"{self.prog}: {message}{end} {self.prog} --help lists what it takes.\n")
+
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(
+    root = Command(
         prog="flux-local", description="A local inference server for FLUX.1 Krea [dev], with the OpenAI Images API."
     )
     root.add_argument("--version", action="version", version=f"flux-local {flux_local.__version__}")
-    commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Command)
+    commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="start the server")
     serve.set_defaults(run=run_serve)

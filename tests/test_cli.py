@@ -154,6 +154,26 @@ def test_mistakes_have_a_sentence_and_a_code(arguments: tuple[str, ...], code: i
     assert "sk-secret'" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("serve --data x", "flux-local serve: there is no --data. Did you mean --data-dir? flux-local serve --help"),
+        ("serve --api-keys=SECRET", "flux-local serve: there is no --api-keys."),
+        ("generate a red star", "flux-local generate: 'red' is one word too many. What has spaces in it wants quotes"),
+        ("draw", "flux-local: argument COMMAND: invalid choice: 'draw'"),
+        ("bench --requests none", "flux-local bench: argument --requests: 'none' is no number from 1 on."),
+    ],
+)
+def test_what_a_command_does_not_know_is_refused_in_a_line(words: str, said: str) -> None:
+    done = flux(*words.split())
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(said)
+    assert done.stderr.endswith("--help lists what it takes.\n")
+    assert done.stderr.count("\n") == 1
+    assert "SECRET" not in done.stderr
+
+
 def test_generate_draws_nothing_unchecked_where_all_is_to_be_checked(tmp_path: Path) -> None:
     done = flux("generate", "x", cwd=tmp_path, FLUX_LOCAL_SAFETY_CHECKER="on")
     assert done.returncode == 2
