@@ -193,6 +193,55 @@ def test_painting_a_mask_keeps_all_else(page: Any, tmp_path: Path) -> None:
     assert page.locator("#drop").is_visible()
 
 
+def painted(page: Any) -> Any:
+    """Where the mask is painted, [height, width]."""
+    code = """canvas => {
+        const { width, height } = canvas;
+        const pen = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+        pen.drawImage(canvas, 0, 0);
+        return [width, height, [...pen.getImageData(0, 0, width, height).data.filter((_, i) => i % 4 == 3)]];
+    }"""
+    width, height, alpha = page.locator("#mask").evaluate(code)
+    return np.array(alpha).reshape(height, width) > 127
+
+
+def test_a_mask_can_be_painted_with_keys_and_taken_back(page: Any) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (192, 128), "navy").save(picture, "PNG")
+    page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": picture.getvalue()})
+    page.locator("#editor").wait_for()
+    page.focus("#mask")
+    assert page.locator("#ring").is_visible()
+    page.keyboard.press("ArrowDown")
+    assert not painted(page).any()
+    for key in ("Space", "Shift+ArrowRight", "Shift+ArrowRight", "Space", "Shift+ArrowUp"):
+        page.keyboard.press(key)
+    once = painted(page)
+    assert once[66, 96:134].all()
+    assert not once[:50].any()
+    assert not once[:, :80].any()
+    page.keyboard.press("Space")
+    page.keyboard.press("Space")
+    assert painted(page).sum() > once.sum()
+    page.keyboard.press("Control+z")
+    assert (painted(page) == once).all()
+    page.click("#undo-mask")
+    assert not painted(page).any()
+    page.focus("#mask")
+    page.keyboard.press("Space")
+    for _ in range(30):
+        page.keyboard.press("Shift+ArrowLeft")
+    page.keyboard.press("Tab")
+    page.focus("#mask")
+    page.keyboard.press("Shift+ArrowUp")
+    assert page.locator("#mask").evaluate("canvas => document.activeElement === canvas")
+    row = painted(page)
+    assert row[47, 0]
+    assert not row[20, 0]
+    page.click("#clear-mask")
+    assert not painted(page).any()
+
+
 def test_settings_are_taken_over_and_a_picture_deleted(page: Any, own: Server) -> None:
     fields = {"seed": "9", "size": "144x112", "num_inference_steps": "5", "cfg_scale": "3.5", "output_format": "webp"}
     draw(page, STAR, **fields)

@@ -11,7 +11,7 @@ const PAGE = 24; // requests of the history at a time
 const KEPT_PROMPT = "flux-local prompt"; // over a reload
 const READ = ["image/png", "image/jpeg", "image/webp"]; // by the server
 
-const painter = new Painter(byId("mask"), byId("brush"));
+const painter = new Painter(byId("mask"), byId("brush"), byId("ring"));
 const cards = new Map(); // by request
 let form = null;
 let [loading, loaded] = [false, false];
@@ -219,6 +219,7 @@ for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", f
     if (file) start(file);
   });
 }
+byId("undo-mask").onclick = () => painter.undo();
 byId("clear-mask").onclick = () => painter.clear();
 byId("remove-image").onclick = withoutImage;
 byId("key").onclick = askForKey;

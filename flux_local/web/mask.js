@@ -12,31 +12,54 @@ export function png(picture, width = picture.width, height = picture.height) {
   ), "image/png"));
 }
 
+const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const PACE = { fine: 1 / 100, coarse: 1 / 10 }; // of the longer side, a key
+
+/** With a pointer; or with arrow keys, and the space bar, which puts the brush down and lifts it. */
 export class Painter {
-  constructor(canvas, brush) {
+  constructor(canvas, brush, ring) {
     this.canvas = canvas;
     this.brush = brush;
+    this.ring = ring;
     this.pen = canvas.getContext("2d");
-    this.touched = false;
-    this.last = null;
+    this.reset(canvas.width, canvas.height);
     canvas.addEventListener("pointerdown", (event) => {
       canvas.setPointerCapture(event.pointerId);
-      this.last = this.#at(event);
-      this.#stroke(this.last);
+      this.#move(this.#under(event));
+      this.#put();
     });
-    canvas.addEventListener("pointermove", (event) => this.last && this.#stroke(this.#at(event)));
-    for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => (this.last = null));
+    canvas.addEventListener("pointermove", (event) => this.#move(this.#under(event)));
+    for (const name of ["pointerup", "pointercancel", "blur"]) canvas.addEventListener(name, () => this.#lift());
+    canvas.addEventListener("keydown", (event) => this.#key(event));
+    brush.addEventListener("input", () => this.#show());
   }
 
   /** Begins anew over a picture of so many pixels. */
   reset(width, height) {
     this.canvas.width = width;
     this.canvas.height = height;
-    this.touched = false;
+    this.at = [width / 2, height / 2];
+    this.strokes = [];
+    this.#lift();
+    this.#show();
   }
 
   clear() {
     this.reset(this.canvas.width, this.canvas.height);
+  }
+
+  /** Takes the last stroke back. */
+  undo() {
+    this.#lift();
+    this.strokes.pop();
+    this.pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
+    for (const { width, points } of this.strokes) {
+      points.forEach((to, i) => this.#line(width, points[Math.max(i - 1, 0)], to));
+    }
+  }
+
+  get touched() {
+    return this.strokes.length > 0;
   }
 
   /** A PNG of the picture's size, transparent where it is painted; null where nothing is. */
@@ -51,7 +74,7 @@ export class Painter {
     return png(mask);
   }
 
-  #at(event) {
+  #under(event) {
     const box = this.canvas.getBoundingClientRect();
     return [
       ((event.clientX - box.left) / box.width) * this.canvas.width,
@@ -59,15 +82,56 @@ export class Painter {
     ];
   }
 
-  #stroke(to) {
-    this.pen.strokeStyle = "#ff2d87";
-    this.pen.lineCap = this.pen.lineJoin = "round";
-    this.pen.lineWidth = (Number(this.brush.value) / 100) * Math.max(this.canvas.width, this.canvas.height);
+  #key(event) {
+    if (event.key === " ") this.stroke ? this.#lift() : this.#put();
+    else if (event.key === "z" && (event.ctrlKey || event.metaKey)) this.undo();
+    else if (event.key in MOVES) {
+      const step = this.#longer() * (event.shiftKey ? PACE.coarse : PACE.fine);
+      const limits = [this.canvas.width, this.canvas.height];
+      this.#move(this.at.map((x, i) => Math.min(Math.max(x + MOVES[event.key][i] * step, 0), limits[i])));
+    } else return;
+    event.preventDefault();
+  }
+
+  #put() {
+    this.stroke = { width: (Number(this.brush.value) / 100) * this.#longer(), points: [this.at] };
+    this.strokes.push(this.stroke);
+    this.#line(this.stroke.width, this.at, this.at);
+  }
+
+  #lift() {
+    this.stroke = null;
+  }
+
+  #move(to) {
+    if (this.stroke) {
+      this.#line(this.stroke.width, this.at, to);
+      this.stroke.points.push(to);
+    }
+    this.at = to;
+    this.#show();
+  }
+
+  #line(width, from, to) {
+    this.pen.strokeStyle = this.pen.fillStyle = "#ff2d87";
+    this.pen.lineWidth = width;
     this.pen.beginPath();
-    this.pen.moveTo(...this.last);
+    this.pen.moveTo(...from);
     this.pen.lineTo(...to);
     this.pen.stroke();
-    this.last = to;
-    this.touched = true;
+    this.pen.beginPath(); // a line to where it began would be none, whatever its cap
+    this.pen.arc(...to, width / 2, 0, 2 * Math.PI);
+    this.pen.fill();
+  }
+
+  #show() {
+    const percent = (part, whole) => `${(100 * part) / whole}%`;
+    this.ring.style.left = percent(this.at[0], this.canvas.width);
+    this.ring.style.top = percent(this.at[1], this.canvas.height);
+    this.ring.style.width = percent((Number(this.brush.value) / 100) * this.#longer(), this.canvas.width);
+  }
+
+  #longer() {
+    return Math.max(this.canvas.width, this.canvas.height);
   }
 }
