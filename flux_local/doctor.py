@@ -14,15 +14,22 @@ from pathlib import Path
 from flux_local import weights
 from flux_local.config import Settings, check_open
 from flux_local.download import altered
-from flux_local.errors import FluxError, WeightsError
+from flux_local.errors import AlreadyTaken, FluxError, WeightsError
 
 ROOM = 1 << 30
 """Bytes that the data directory's disk should have free."""
+PATIENCE = 2.0
+"""Seconds for what listens at the server's address to say what it is."""
+WAITING = ("not_ready", "draining", "engine_restarting")
+"""Codes of errors of a flux-local server that lives and is not ready."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`good`, `slow` (it works, but not as fast as it could) or `bad` (a server would not start)."""
+    """`good`, `slow` (it works, but not as fast as it could) or `bad` (a server would not start).
+
+    What a running server of these settings has taken is good.
+    """
 
     name: str
     verdict: str
@@ -40,12 +47,15 @@ def examine(settings: Settings, whole: bool = False) -> Iterator[Verdict]:
     if whole:
         yield check("hashes", lambda: of_hashes(settings))
     yield check("safety checker", lambda: of_safety(settings))
-    yield check("data directory", lambda: of_data(settings))
-    yield check("address", lambda: of_address(settings))
+    running = of_server(settings)
+    yield check("data directory", lambda: of_data(settings, running is not None))
+    yield Verdict("address", "good", running.text) if running else check("address", lambda: of_address(settings))
     for name in settings.device_list():
         of_this = list(of_device(name, settings.fp8_attention))
         yield from of_this
-        if found.verdict == of_this[0].verdict == "good":
+        if running:
+            yield Verdict(f"memory {name}", "good", running.memory)
+        elif found.verdict == of_this[0].verdict == "good":
             yield check(f"memory {name}", partial(of_memory, settings, name))
 
 
@@ -80,14 +90,46 @@ def of_safety(settings: Settings) -> str:
     return "none: pictures are not looked at" if folder is None else f"looks at every picture, from {folder}"
 
 
-def of_data(settings: Settings) -> str:
+@dataclass(frozen=True)
+class Running:
+    """A flux-local server that answers where this one would: what it says of itself, and of its memory."""
+
+    text: str
+    memory: str
+
+
+def of_server(settings: Settings) -> Running | None:
+    import httpx
+
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    try:
+        said = httpx.get(f"{url}/ready", timeout=PATIENCE, trust_env=False).json()
+        if said.get("status") == "ready":
+            return Running(
+                f"flux-local serves {said['model']} at {url}: ready", f"{said['memory']}, as the running server has it"
+            )
+        if said["error"]["code"] in WAITING:
+            return Running(f"flux-local answers at {url}: {said['error']['message']}", "the running server has it")
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError):
+        pass  # nothing answers, or something else does
+    return None
+
+
+def of_data(settings: Settings, running: bool) -> str:
     from flux_local.store import Store
 
     folder = Path(settings.data_dir).expanduser()
-    Store(folder, settings.url_lifetime).close()
+    by = ""
+    try:
+        Store(folder, settings.url_lifetime).close()
+    except AlreadyTaken:
+        if not running:
+            raise
+        by = ", in use by the running server"
     free = shutil.disk_usage(folder).free
     low = "; that is little: free some, or lower --url-lifetime" if free < ROOM else ""
-    return f"{folder}, {free / 1e9:.1f} GB free{low}"
+    return f"{folder}{by}, {free / 1e9:.1f} GB free{low}"
 
 
 def of_address(settings: Settings) -> str:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.servers import MODEL, ROOT, environment
+from tests.servers import MODEL, ROOT, environment, running
 
 
 def examined(data: Path, *flags: str) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -61,3 +61,16 @@ def test_for_people_it_is_a_table(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 6
     assert all(line.startswith("good  ") for line in lines)
+
+
+def test_a_server_that_runs_is_no_trouble(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        port = server.url.rpartition(":")[2]
+        code, found = examined(tmp_path / "data", "--port", port)
+        other = examined(tmp_path / "data", "--port", "0")[1]
+    assert code == 0
+    assert {verdict["verdict"] for verdict in found.values()} == {"good"}
+    assert "flux-krea-mini" in found["address"]["text"]
+    assert "in use" in found["data directory"]["text"]
+    assert "as the running server has it" in found["memory auto"]["text"]
+    assert other["data directory"]["verdict"] == "bad", "a second server would not start"
