@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -38,16 +39,27 @@ def covering(picture: Image.Image, size: Size) -> Image.Image:
 
 
 def on_canvas(picture: Image.Image, canvas: Size, size: Size) -> Image.Image:
-    """The inverse of `delivered`: a picture of the delivered size as the canvas that it would be cropped from.
+    """The inverse of `delivered`: a picture of the delivered size as the canvas that it would be made from.
 
-    What the crop will take off is filled with the picture's own border.
+    What will be cropped off is filled with the picture's own border. A mask (mode L) is scaled without grey between.
     """
-    if not is_rounded_up(canvas, size):
-        return covering(picture, canvas)
-    left, top = (canvas.width - size.width) // 2, (canvas.height - size.height) // 2
-    rows = np.asarray(picture)
-    around = ((top, canvas.height - size.height - top), (left, canvas.width - size.width - left))
-    return Image.fromarray(np.pad(rows, (*around, (0, 0))[: rows.ndim], mode="edge"))
+    if is_rounded_up(canvas, size):
+        left, top = (canvas.width - size.width) // 2, (canvas.height - size.height) // 2
+        return bordered(picture, (left, top, canvas.width - size.width - left, canvas.height - size.height - top))
+    scale = max(size.width / canvas.width, size.height / canvas.height)  # pixels of the picture for one of the canvas
+    beside, above = ((scale * side - own) / 2 for side, own in zip(canvas, size, strict=True))
+    columns, rows = math.ceil(beside), math.ceil(above)
+    x, y = columns - beside, rows - above
+    box = (x, y, x + scale * canvas.width, y + scale * canvas.height)
+    method = Image.Resampling.NEAREST if picture.mode == "L" else Image.Resampling.LANCZOS
+    return bordered(picture, (columns, rows, columns, rows)).resize(canvas, method, box)
+
+
+def bordered(picture: Image.Image, around: tuple[int, int, int, int]) -> Image.Image:
+    """With its outermost pixels repeated so often to the left, above, to the right and below."""
+    left, above, right, below = around
+    pixels = np.asarray(picture)
+    return Image.fromarray(np.pad(pixels, ((above, below), (left, right), (0, 0))[: pixels.ndim], mode="edge"))
 
 
 def keep_unmasked(made: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
@@ -79,7 +91,7 @@ def encode(picture: Image.Image, params: GenerationParams, text: str | None) -> 
 
 def parameters_text(params: GenerationParams, seed: int, model: str) -> str:
     """Prompt and parameters in the form that AUTOMATIC1111's web UI began and most image tools read."""
-    return (
+    text = (
         f"{params.prompt}\n"
         f"{f'Negative prompt: {params.negative_prompt}{chr(10)}' if params.negative_prompt is not None else ''}"
         f"Steps: {params.steps}, Sampler: Euler, CFG scale: {params.guidance:g}, "
@@ -92,3 +104,4 @@ def parameters_text(params: GenerationParams, seed: int, model: str) -> str:
         f"{', Precision: fp8' if params.go_fast else ''}"
         f"{f', Acceleration: {params.acceleration}' if params.acceleration != 'none' else ''}"
     )
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")  # which ends a PNG's text
