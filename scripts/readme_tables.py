@@ -16,7 +16,7 @@ from flux_local.sizes import RATIOS, TIERS, table_size  # noqa: E402
 
 
 def parameter_table() -> str:
-    rows = ["| parameter | values | default | handling | |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| parameter | values | default | handling | meaning |", "| --- | --- | --- | --- | --- |"]
     for parameter in PARAMETERS:
         names = ", ".join(f"`{name}`" for name in (parameter.name, *parameter.aliases))
         note = parameter.description
