@@ -13,29 +13,31 @@ from flux_local.errors import RateLimited
 from flux_local.messages import Job
 
 UNLIKELY = 4.0
-"""Times the usual price of a token: what a step or a decoding took beyond that, the machine stood still."""
+"""A measurement counts for at most so many times the usual price: beyond that, the machine stood still."""
 NEWEST = 0.05
 """Share that the newest measurement has of a price."""
 
 
 class Amount(NamedTuple):
-    """Work, by what it costs: image tokens times steps, and image tokens that are decoded."""
+    """Work, by what it costs: pictures to begin, image tokens times steps, and image tokens that are decoded."""
 
+    begun: float
     token_steps: float
-    decoded: int
+    decoded: float
 
     def plus(self, other: Amount, times: int = 1) -> Amount:
-        return Amount(self.token_steps + times * other.token_steps, self.decoded + times * other.decoded)
+        begun, token_steps, decoded = (mine + times * more for mine, more in zip(self, other, strict=True))
+        return Amount(begun, token_steps, decoded)
 
 
-NOTHING = Amount(0, 0)
+NOTHING = Amount(0, 0, 0)
 
 
 def amount_of(job: Job, steps_left: int | None = None) -> Amount:
     """The work of a picture, or what is left of it with so many of its steps to go. All of its decodings, those of
     partial pictures too, are left until it is done."""
     share = 1.0 if steps_left is None else steps_left / max(1, job.steps - job.skip)
-    return Amount(share * job.steps_computed * job.tokens, job.canvas_tokens * (1 + job.partials))
+    return Amount(int(share == 1), share * job.steps_computed * job.tokens, job.canvas_tokens * (1 + job.partials))
 
 
 @dataclass
@@ -54,13 +56,20 @@ class Held:
 
 @dataclass
 class Speed:
-    """Seconds of a device for an image token: in a step, and in a decoding, which nobody has told before the first."""
+    """Seconds of a device for an image token, in a step and in a decoding, and for beginning a picture: its prompt, its
+    source, its adapters. Nobody has told of the last two before the first picture."""
 
     step: float = 1e-4
     decoding: float = 0.0
+    beginning: float = 0.0
 
     def seconds(self, amount: Amount) -> float:
-        return amount.token_steps * self.step + amount.decoded * self.decoding
+        return amount.token_steps * self.step + amount.decoded * self.decoding + amount.begun * self.beginning
+
+    def began(self, seconds: float, tokens: int) -> None:
+        """A picture of so many tokens was begun in so many seconds."""
+        usual = max(self.beginning, tokens * self.step)
+        self.beginning += NEWEST * (min(seconds, UNLIKELY * usual) - self.beginning)
 
     def stepped(self, seconds: float) -> None:
         """A step took so many seconds a token."""
@@ -84,8 +93,11 @@ class Limits:
     seconds: float
     share: float
 
-    def check(self, more: tuple[int, float], waiting: tuple[int, float], of_key: bool) -> None:
+    def check(self, more: tuple[int, float], waiting: tuple[int, float], of_key: bool, keys: int = 1) -> None:
         """Whether there is room for more beside what waits, each in pictures and seconds: of all, or of one key.
+
+        Args:
+            keys: that work waits for, each of which gets as much of the devices as the others.
 
         Raises:
             RateLimited: there is none, and when there will be. Where nothing waits, anything is taken.
@@ -96,7 +108,7 @@ class Limits:
         over = seconds + more[1] - share * self.seconds
         if not pictures or (too_many <= 0 and over <= 0):
             return
-        wait = max(over, min(too_many, pictures) * seconds / pictures)
+        wait = keys * max(over, min(too_many, pictures) * seconds / pictures)
         raise RateLimited(
             f"Too many pictures are waiting{' for this key' if of_key else ''}. Try again after the time "
             "in Retry-After, or ask for fewer or smaller ones or for fewer steps.",

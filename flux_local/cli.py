@@ -68,7 +68,7 @@ class Command(argparse.ArgumentParser):
 
     def refusal(self, word: str) -> str:
         if not word.startswith("-"):
-            return f"'{word}' is one word too many. What has spaces in it wants quotes around it."
+            return f"unexpected word '{word}'. Put text with spaces in quotes."
         near = difflib.get_close_matches(word, self._option_string_actions, n=1)
         return f"there is no {word}." + (f" Did you mean {near[0]}?" if near else "")
 
@@ -158,8 +158,8 @@ def add_settings(command: argparse.ArgumentParser) -> None:
             add_setting(command, setting)
     add_config_file(command)
     command.epilog = (
-        f"API keys are no flag, since anyone on the machine can read those: {config.PREFIX}API_KEYS has them, by "
-        "commas, or the file of --api-keys-file."
+        f"API keys cannot be flags, which anyone on the machine can read: set {config.PREFIX}API_KEYS (separated by "
+        "commas), or name a file with --api-keys-file."
     )
 
 
@@ -193,7 +193,7 @@ def settings_from(options: argparse.Namespace) -> config.Settings:
 
 def at_least_one(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number from 1 on")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 up")
     return int(text)
 
 

@@ -200,9 +200,7 @@ class RemoteEngine:
             log.warning("no machine of the cluster has room for an engine on '%s'; waiting for one", self.kind)
         (answer,) = from_host((await asyncio.gather(placed, answering))[1])
         if isinstance(answer, StartFailed):
-            failed = StartError(answer.message)
-            failed.exit_code = answer.exit_code
-            raise failed
+            raise answer.error()
         assert isinstance(answer, Ready)
         if self._first is None:
             self._first = answer

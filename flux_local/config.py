@@ -68,7 +68,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Meta(description="Attention in fp8 too. A GPU needs a library for it, or the server does not start."),
     ] = False
     safety_checker: Annotated[
-        Literal["auto", "on", "off"], Meta(description="Look at every picture: 'auto' where the checker's weights are.")
+        Literal["auto", "on", "off"],
+        Meta(description="Check every picture; 'auto': if the checker's weights are there."),
     ] = "auto"
     safety_model: Annotated[str, Meta(description="Folder of the checker, an image classifier.")] = "weights/safety"
     safety_labels: Annotated[
@@ -76,7 +77,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ] = "nsfw,unsafe,porn,hentai,nude,explicit"
     safety_threshold: Annotated[
         float,
-        Meta(gt=0, le=1, description="Sum of those labels' probabilities from which on a picture is left out."),
+        Meta(gt=0, le=1, description="A picture is left out if those labels' probabilities add up to this or more."),
     ] = 0.5
     safety_optional: Annotated[bool, Meta(description="Whether a request may turn the checker off.")] = False
     cache_dir: Annotated[str, Meta(description="Folder for what `flux-local prepare` makes.")] = "~/.cache/flux-local"
@@ -92,9 +93,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         int, Meta(ge=60, description="Seconds for which a picture's URL and its request in the history are kept.")
     ] = 86_400
     max_pixels: Annotated[int, Meta(ge=256, description="Largest picture delivered, in pixels.")] = MAX_PIXELS
-    max_waiting: Annotated[int, Meta(ge=1, description="Pictures that may wait; more are refused with 429.")] = 256
+    max_waiting: Annotated[
+        int, Meta(ge=1, description="Pictures accepted and not finished; more are refused with 429.")
+    ] = 256
     max_wait: Annotated[
-        float, Meta(gt=0, description="Seconds of work that may wait, by measured speed; more is refused with 429.")
+        float,
+        Meta(
+            gt=0, description="Seconds of work accepted and not finished, by measured speed; more is refused with 429."
+        ),
     ] = 600.0
     key_share: Annotated[
         float,

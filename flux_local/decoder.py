@@ -129,6 +129,7 @@ def decode(data: bytes, purpose: Purpose) -> tuple[int, int, int, bytes]:
             opened.load()
             picture: Image.Image = ImageOps.exif_transpose(opened)
             if purpose == "mask":
+                picture = in_8_bits(picture)
                 if not picture.has_transparency_data:
                     return NO_ALPHA, 0, 0, b""
                 alpha = picture.convert("RGBA").getchannel("A")
@@ -138,12 +139,25 @@ def decode(data: bytes, purpose: Purpose) -> tuple[int, int, int, bytes]:
         return BAD, 0, 0, b""
 
 
+def in_8_bits(picture: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits with 8, and what it says is transparent as alpha; any other as it is."""
+    from PIL import ImageMath
+
+    if not picture.mode.startswith("I"):
+        return picture
+    deep, clear = picture.convert("I"), picture.info.get("transparency")
+    grey = deep.point(lambda value: value / 257).convert("L")
+    grey.info.pop("transparency", None)
+    if isinstance(clear, int):
+        grey.putalpha(ImageMath.lambda_eval(lambda given: (given["deep"] != clear) * 255, deep=deep).convert("L"))
+    return grey
+
+
 def flattened(picture: Image.Image) -> Image.Image:
     """RGB, transparency on white, 16 bits reduced to 8."""
     from PIL import Image
 
-    if picture.mode.startswith("I"):
-        picture = picture.convert("I").point(lambda value: value / 257).convert("L")
+    picture = in_8_bits(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         page = Image.new("RGBA", picture.size, "white")

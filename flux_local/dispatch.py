@@ -41,6 +41,9 @@ OUTSIDE_FALLS = 3
 log = logging.getLogger("flux_local.dispatch")
 
 OnEvent = Callable[[Step | Partial], None]
+Outlook = dict[str, tuple[int, float]]
+"""Of each request with pictures pending: pictures of others that came before its first, and an estimate of the seconds
+until its last is done."""
 
 
 @dataclass(eq=False)
@@ -74,9 +77,11 @@ class Dispatcher:
         self.attentions: dict[str, str] = {}
         """By precision, whose attention the engines have."""
         self.draining = False
+        self.stopped = False
         self.pending: dict[str, Pending] = {}
         self.held: dict[str, Held] = {}
-        self.refused: dict[bytes, float] = {}
+        self.refused: dict[tuple[str, bytes], float] = {}
+        """Until when, by prompt and fingerprint."""
         self.speed = Speed()
         self.placed_again = 0
         """Pictures given to an engine once more after a fall."""
@@ -119,12 +124,13 @@ class Dispatcher:
         return readies[0]
 
     async def stop(self) -> None:
-        """Ends the engines; what is still pending ends with `Draining`."""
+        """Ends the engines; what is still pending ends with `Draining`, and so does what comes later."""
+        self.stopped = True
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
         for pending in list(self.pending.values()):
-            self._settle(pending, Draining("The server is stopping. Send the request again.", retry_after=5))
+            self._settle(pending, stopping())
 
     async def draw(self, job: Job, on_event: OnEvent | None = None) -> Done:
         """Draws one picture of an admitted request; cancelling the caller cancels the job.
@@ -137,6 +143,8 @@ class Dispatcher:
             RequestCrashes: see there. Draining: the server stops.
             GenerationInvalid, InternalError, DeadlineExceeded: the picture failed.
         """
+        if self.stopped:
+            raise stopping()
         self._check_refused(job)
         if held := self.held.get(request_of(job.id)):
             held.take(job)
@@ -154,7 +162,7 @@ class Dispatcher:
     def _check_refused(self, job: Job) -> None:
         now = time.monotonic()
         self.refused = {known: until for known, until in self.refused.items() if until > now}
-        if self.refused and fingerprint(job) in self.refused:
+        if job.prompt in {prompt for prompt, _ in self.refused} and work_of(job) in self.refused:
             raise RequestCrashes
 
     def admit(self, request: str, owner: str, pictures: int, amount: Amount, seconds: float) -> None:
@@ -191,7 +199,7 @@ class Dispatcher:
         more = pictures, self.speed.seconds(amount) / self._working
         self.limits.check(more, self.ahead(), of_key=False)
         if self.limits.share < 1:
-            self.limits.check(more, self.ahead(owner), of_key=True)
+            self.limits.check(more, self.ahead(owner), of_key=True, keys=len(self._owners() | {owner}))
 
     def release(self, request: str) -> None:
         self.held.pop(request, None)
@@ -203,16 +211,18 @@ class Dispatcher:
         seconds = sum(map(self._cost, jobs)) + sum(self.speed.seconds(h.amount) for h in held)
         return len(jobs) + sum(h.pictures for h in held), seconds / self._working
 
-    def outlook(self, request: str) -> tuple[int, float]:
-        """Pictures of other requests that came before this one's, and an estimate of the seconds until it is done."""
-        ahead, seconds, before = 0, 0.0, 0.0
-        for pending in self.pending.values():
-            before += self._cost(pending) / self._working
-            if pending.job.id.startswith(request + "-"):
-                seconds = before
-            elif seconds == 0:
-                ahead += 1
-        return ahead, seconds
+    def _owners(self) -> set[str]:
+        """Of what has been promised."""
+        return {pending.job.owner for pending in self.pending.values()} | {held.owner for held in self.held.values()}
+
+    def outlook(self) -> Outlook:
+        found: Outlook = {}
+        seconds = 0.0
+        for place, pending in enumerate(self.pending.values()):
+            request = request_of(pending.job.id)
+            seconds += self._cost(pending) / self._working
+            found[request] = found.get(request, (place, 0.0))[0], seconds
+        return found
 
     def _cost(self, pending: Pending) -> float:
         """Seconds of one device."""
@@ -284,10 +294,10 @@ class Dispatcher:
     def _refuse(self, job: Job) -> None:
         """Ends all that is the same work, what comes in the next REFUSED_FOR seconds too: each more of it would cost
         an engine, and in the end the server."""
-        work = fingerprint(job)
+        work = work_of(job)
         self.refused[work] = time.monotonic() + REFUSED_FOR
         for pending in list(self.pending.values()):
-            if pending.job.prompt == job.prompt and fingerprint(pending.job) == work:
+            if pending.job.prompt == job.prompt and work_of(pending.job) == work:
                 if pending.engine is not None:
                     pending.engine.send(Cancel(pending.job.id))
                 self._settle(pending, RequestCrashes())
@@ -335,6 +345,7 @@ class Dispatcher:
                     except Exception:  # what a client's side makes of it must not end the reading of the pipe
                         log.exception("an event of %s could not be told", message.id)
             case Done():
+                self.speed.began(message.encode_s, pending.job.tokens)
                 self.speed.decoded(message.decoding_s / pending.job.canvas_tokens)
                 self._settle(pending, message)
             case Failed():
@@ -347,7 +358,12 @@ def request_of(job_id: str) -> str:
     return job_id.rpartition("-")[0]
 
 
-def fingerprint(job: Job) -> bytes:
-    """What makes two jobs the same work; the seed, which is another one each time where none is given, does not."""
+def stopping() -> Draining:
+    return Draining("The server is stopping. Send the request again.", retry_after=5)
+
+
+def work_of(job: Job) -> tuple[str, bytes]:
+    """What makes two jobs the same work: the prompt, and a fingerprint of it with all else but the seed, which is
+    another one each time where none is given."""
     same = msgspec.structs.replace(job, id="", serial=0, owner="", deadline=None, alone=False, partials=0, seed=0)
-    return hashlib.sha256(msgspec.msgpack.encode(same)).digest()
+    return job.prompt, hashlib.sha256(msgspec.msgpack.encode(same)).digest()

@@ -26,12 +26,15 @@ class Drawing:
     picture: Picture | None = None
     encode_s: float = 0.0
     begun: float = 0.0
+    beginning: tuple[Mark, Mark] = (0.0, 0.0)
+    """Before and after its prompt and its source were encoded and its adapters put in place."""
     denoising_ends: Mark = 0.0
     denoised: float = 0.0
     decoding_s: float = 0.0
     """Of the device, for the last decoding."""
     reported: float = 0.0
     retried: bool = False
+    """Memory was short for it, and nothing has gone well since."""
     careful: bool = False
     """Drawn with the plain forms of all operations, because the picture was not finite with the fast ones."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from flux_local.batches import Rows, rows_of
 from flux_local.checking import Checks, Decoding
 from flux_local.drawing import Drawing, begin_picture, finished
 from flux_local.errors import DeadlineExceeded, FluxError, GenerationInvalid, InternalError, answer_for
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
     from flux_local.model.pace import Mark
     from flux_local.model.safety import SafetyChecker
 
-BATCH_ROWS = 4
-"""Rows of a batch at most. On two CPU cores four small pictures take twice the time of one, eight gain nothing more."""
-FULL_AT_TOKENS = 4096
-"""Tokens of a step above which a device has no room to spare, so that batching would only make pictures wait."""
 REPORT_EVERY = 0.1
 """Seconds between two reports of a picture's progress. A small model's step takes a fifth of that, and every report
 wakes the server's process on the cores that the next step needs."""
@@ -63,14 +60,14 @@ class Engine:
         self.launched: deque[Sequence[int]] = deque(maxlen=2)
         """The jobs, by serial, of the last steps: a GPU may still be at them, and they at fault if it fails."""
         self.faults = Faults()
-        self.scheduler = Scheduler(self.rows_limit)
-        self.limits: dict[tuple[int, int], int] = {}
+        self.scheduler = Scheduler(lambda entry: self.rows.limit(self.drawings[entry.id].job))
+        self.rows = Rows(pipeline)
         self.drawings: dict[str, Drawing] = {}
         self.next_deadline = math.inf
         """Before it no job expires."""
         self.decoding: dict[Decoding, Generator[None, None, bytes]] = {}
-        self.decoded: tuple[Decoding, list[Mark]] | None = None
-        """The decoding under way, with the device's moments before and after each part of it."""
+        self.current: tuple[Decoding, list[Mark]] | None = None
+        """The decoding that goes on next, with the device's moments before and after each part of it."""
         self.prompts = pipeline.prompt_cache()
         self.seconds_per_token = seconds_per_token
         self.step_seconds = 0.0
@@ -136,16 +133,11 @@ class Engine:
     def expire(self, now: float) -> None:
         if now <= self.next_deadline:
             return
-        for drawing in [w for w in self.drawings.values() if w.job.deadline is not None and now > w.job.deadline]:
-            self.end_with(drawing, DeadlineExceeded("The time for it passed first. Give it more, or ask for less."))
+        for drawing in [d for d in self.drawings.values() if d.job.deadline is not None and now > d.job.deadline]:
+            late = DeadlineExceeded("The picture was not finished in its time. Allow more, or ask for less.")
+            self.end_with(drawing, late)
         deadlines = [drawing.job.deadline for drawing in self.drawings.values()]
         self.next_deadline = min((d for d in deadlines if d is not None), default=math.inf)
-
-    def rows_limit(self, canvas: tuple[int, int]) -> int:
-        """Rows that a batch of the canvas may have: few where a picture alone fills the device, fewer where a batch
-        ran out of memory or would have changed its members' bits."""
-        tokens = canvas[0] * canvas[1] // 256
-        return min(self.limits.get(canvas, BATCH_ROWS), max(1, FULL_AT_TOKENS // tokens))
 
     def next_batch(self) -> list[Drawing]:
         """The scheduler's choice, less those whose beginning would make pictures under way wait more than one's."""
@@ -160,44 +152,11 @@ class Engine:
         if not ready:
             return []
         batch = [self.drawings[entry.id] for entry in self.scheduler.fitting(ready)]
-        return batch if self.proved(batch) else batch[:1]
-
-    def proved(self, batch: list[Drawing]) -> bool:
-        """Whether the batch's shape keeps every picture's bits; one that does not is not used again.
-
-        What has two rows of its own, for guidance, must keep its bits alone as well.
-        """
-        rows = sum(drawing.job.rows for drawing in batch)
-        if len(batch) == 1:
-            return True
-        shapes = {rows, *(drawing.job.rows for drawing in batch)} - {1}
-        canvas = (batch[0].job.width, batch[0].job.height)
-        self.enter(Phase.PROVE, batch)
-        proved = self.prove(batch[0], shapes)
-        if not proved:
-            log.warning("batches of %d on %dx%d would change bits or do not fit; smaller ones are used", rows, *canvas)
-            self.limits[canvas] = rows // 2
-        return proved
-
-    def prove(self, drawing: Drawing, shapes: set[int]) -> bool:
-        """Whether so many rows of the picture's canvas keep its bits; tried once more where memory was short."""
-        from flux_local.model import memory
-
-        denoiser, picture = self.pipeline.denoiser_for(drawing.job.go_fast), drawing.picture
-        assert picture is not None
-        for _ in range(2):
-            try:
-                return all(
-                    denoiser.independent(picture.width, picture.height, rows, picture.prompt) for rows in sorted(shapes)
-                )
-            except Exception as error:
-                if memory.is_fatal(error):
-                    raise
-                if not memory.is_exhausted(error):
-                    log.exception("a proof failed")
-                    break
-                self.pipeline.make_room()
-        return False
+        if len(batch) > 1:
+            self.enter(Phase.PROVE, batch)
+            if not self.rows.proved(batch):
+                return batch[:1]
+        return batch
 
     def begin(self, drawing: Drawing) -> None:
         """Begins the job's picture, or fails the job."""
@@ -205,7 +164,7 @@ class Engine:
         if drawing.job.check and self.checks.checker is None:  # an engine set up wrong gives nothing out unseen
             self.end_with(drawing, InternalError("The engine has no safety checker. Ask the server's operator."))
             return
-        started = time.monotonic()
+        started, before = time.monotonic(), self.pace.mark()
         try:
             drawing.picture = begin_picture(self.pipeline, drawing.job, self.prompts)
         except Exception as error:  # the boundary of a request
@@ -213,6 +172,7 @@ class Engine:
             return
         drawing.begun = time.monotonic()
         drawing.encode_s = drawing.begun - started
+        drawing.beginning = before, self.pace.mark()
 
     def step(self, batch: list[Drawing]) -> None:
         """One denoising step; pictures that are through go on to be decoded."""
@@ -237,8 +197,9 @@ class Engine:
         seconds = self.seconds_of(batch, time.monotonic() - started)
         self.measure(batch, seconds)
         for drawing in batch:
-            left = self.scheduler.stepped(drawing.job.id, seconds * drawing.job.rows / sum(w.job.rows for w in batch))
+            left = self.scheduler.stepped(drawing.job.id, seconds * drawing.job.rows / rows_of(batch))
             assert drawing.picture is not None
+            drawing.retried = False
             step = drawing.picture.step
             if time.monotonic() - drawing.reported >= REPORT_EVERY:
                 drawing.reported = time.monotonic()
@@ -248,7 +209,10 @@ class Engine:
                 self.scheduler.finish(drawing.job.id)
                 self.decode(drawing, drawing.picture.latents)
             elif step in drawing.partial_steps:
-                self.decode(drawing, drawing.picture.estimate(), drawing.partial_steps.index(step))
+                try:
+                    self.decode(drawing, drawing.picture.estimate(), drawing.partial_steps.index(step))
+                except Exception as error:  # the boundary of a request
+                    self.after_error([drawing], error)
 
     def enter(self, phase: Phase, drawings: Sequence[Drawing]) -> None:
         """Writes into the pulse what is begun for these, beside what the safety checker looks at and the steps that a
@@ -291,15 +255,15 @@ class Engine:
             for drawing in batch:
                 self.end_with(drawing, error)
             return
-        self.pipeline.make_room(w.picture for w in self.drawings.values() if w.picture is not None)
+        self.pipeline.make_room(each.picture for each in self.drawings.values() if each.picture is not None)
         canvas = (batch[0].job.width, batch[0].job.height)
         log.warning("out of memory with %d pictures of %dx%d", len(batch), *canvas)
         if len(batch) > 1:
-            self.limits[canvas] = max(1, len(batch) // 2)
+            self.rows.ran_short(batch)
         elif batch[0].retried:
             self.end_with(
                 batch[0],
-                InternalError("The device has not enough memory for this picture. Ask for a smaller.", final=True),
+                InternalError("The device has not enough memory for this picture. Ask for a smaller one.", final=True),
             )
         else:
             batch[0].retried = True
@@ -317,9 +281,9 @@ class Engine:
 
     def decode_some(self) -> None:
         """Goes on with a decoding for about the time of a step; delivers the picture when it is through."""
-        if self.decoded is None or self.decoded[0] not in self.decoding:  # one at a time: each takes memory
-            self.decoded = min(self.decoding, key=lambda waiting: self.scheduler.had(waiting[0])), []
-        first, marks = self.decoded
+        if self.current is None or self.current[0] not in self.decoding:  # one at a time: each takes memory
+            self.current = min(self.decoding, key=lambda waiting: self.scheduler.had(waiting[0])), []
+        first, marks = self.current
         id, partial = first
         drawing = self.drawings[id]
         self.enter(Phase.DECODE, [drawing])
@@ -338,6 +302,7 @@ class Engine:
             drawing.decoding_s = sum(map(self.pace.between, marks[::2], marks[1::2]))
             self.scheduler.charge(id, drawing.decoding_s)
             if partial is None:
+                self.scheduler.charge(id, self.pace.between(*drawing.beginning))
                 drawing.denoised = time.monotonic() - self.pace.since(drawing.denoising_ends)
             if self.checks.checker is not None and drawing.job.check:
                 self.checks.submit(first, end.value, drawing.job.width, drawing.job.height)
@@ -355,9 +320,9 @@ class Engine:
 
     def end_decoding(self) -> None:
         """Forgets the one under way, whatever came of it."""
-        assert self.decoded is not None
-        del self.decoding[self.decoded[0]]
-        self.decoded = None
+        assert self.current is not None
+        del self.decoding[self.current[0]]
+        self.current = None
 
     def give_out(self, decoded: Decoding, pixels: bytes) -> None:
         id, partial = decoded

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_local import weights
-from flux_local.engine import BATCH_ROWS, FULL_AT_TOKENS, Engine
+from flux_local.batches import BATCH_ROWS, FULL_AT_TOKENS
+from flux_local.engine import Engine
 from flux_local.errors import SettingsError, StartError
 from flux_local.messages import EngineChannel, Ready, StartFailed
 from flux_local.params import ModelInfo
@@ -76,7 +77,7 @@ def pick_device(asked: str) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         from flux_local.model.device import why_no_gpu
 
-        raise StartError(f"Device '{asked}' asked for, but torch sees {why_no_gpu()}. Mend that, or use --devices cpu.")
+        raise StartError(f"Device '{asked}' asked for, but torch sees {why_no_gpu()}. Fix that, or use --devices cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(f"There is no '{asked}': torch sees {torch.cuda.device_count()} GPUs, from cuda:0 on.")
     return asked

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 
 class FluxError(Exception):
-    """A failure that a user may read: what is wrong and what to do next. Never holds input, paths or tracebacks.
+    """A failure that a user may read: what is wrong and what to do next. Never a traceback; a file's name only where
+    the reader is who started the program (`StartError`), and of what a client sent nothing.
 
     Args:
         message: one or two sentences for the user.
@@ -97,7 +98,7 @@ class RateLimited(FluxError):
 
 
 class Cancelled(FluxError):
-    """The client went away; nobody reads the answer."""
+    """The client went away, or the request was deleted."""
 
 
 class NotReady(FluxError):

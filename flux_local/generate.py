@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flux_local import loras, weights
 from flux_local.config import Settings
@@ -15,6 +16,11 @@ from flux_local.forms import from_form
 from flux_local.params import ModelInfo, generation_params
 from flux_local.plan import Plan, Source, precision_of
 from flux_local.sizes import Size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from flux_local.model.loader import Pipeline
 
 
 def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) -> None:
@@ -42,11 +48,8 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from flux_local.drawing import begin_picture
     from flux_local.engine_process import pick_device
-    from flux_local.model import memory
     from flux_local.model.loader import load
-    from flux_local.model.parts import NO_ROOM
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
@@ -60,22 +63,9 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
         if "go_fast" not in given:
             plan = replace(plan, params=replace(plan.params, go_fast=settings.fast_by_default(pipeline.precisions)))
         precision_of(plan.params, pipeline.precisions)
-        denoiser = pipeline.denoiser_for(plan.params.go_fast)
         for index, seed in enumerate(plan.params.seeds):
             began = time.monotonic()
-            pixels = None
-            if not plan.untouched:
-                try:
-                    picture = begin_picture(pipeline, plan.job(str(index), index), pipeline.text.encode)
-                    for _ in bar.track(range(picture.steps_left), description=f"seed {seed}"):
-                        denoiser.advance([picture])
-                    pixels = pipeline.vae.decode(picture.latents, picture.width, picture.height)
-                except ArithmeticError as error:
-                    raise GenerationInvalid("The model produced no valid picture. Try without --go-fast.") from error
-                except Exception as error:
-                    if memory.is_exhausted(error):
-                        raise StartError(NO_ROOM) from error
-                    raise
+            pixels = None if plan.untouched else drawn(pipeline, plan, index, bar)
             file = output if index == 0 else output.with_stem(f"{output.stem}-{index}")
             try:
                 file.write_bytes(plan.file(index, pixels))
@@ -86,6 +76,25 @@ def run(given: dict[str, str], prompt: str, output: Path, settings: Settings) ->
             bar.console.print(
                 f"{file}  {plan.params.delivered}  seed {seed}  {time.monotonic() - began:.2f} s", highlight=False
             )
+
+
+def drawn(pipeline: Pipeline, plan: Plan, index: int, bar: Progress) -> bytes:
+    """RGB rows of the canvas of picture `index`."""
+    from flux_local.drawing import begin_picture
+    from flux_local.model import memory
+    from flux_local.model.parts import NO_ROOM
+
+    try:
+        picture = begin_picture(pipeline, plan.job(str(index), index), pipeline.text.encode)
+        for _ in bar.track(range(picture.steps_left), description=f"seed {plan.params.seeds[index]}"):
+            pipeline.denoiser_for(plan.params.go_fast).advance([picture])
+        return pipeline.vae.decode(picture.latents, picture.width, picture.height)
+    except ArithmeticError as error:
+        raise GenerationInvalid("The model produced no valid picture. Try without --go-fast.") from error
+    except Exception as error:
+        if memory.is_exhausted(error):
+            raise StartError(NO_ROOM) from error
+        raise
 
 
 def plan_of(given: dict[str, str], prompt: str, output: Path, model: ModelInfo, settings: Settings) -> Plan:

@@ -62,6 +62,8 @@ CREATE TABLE IF NOT EXISTS replies (
     PRIMARY KEY (owner, route, key)
 );
 CREATE INDEX IF NOT EXISTS by_owner ON requests (owner, created DESC);
+CREATE INDEX IF NOT EXISTS by_request ON replies (request);
+CREATE INDEX IF NOT EXISTS by_age ON replies (created);
 """
 COLUMNS = "id, owner, route, status, created, finished, params, {response}, error, files, {work}, resumed"
 """Of a row. Of its `response` pictures as text are left out; the whole is in `pictures`, where it has any."""
@@ -70,6 +72,9 @@ SHOWN = COLUMNS.format(response="COALESCE(pictures, response)", work="NULL")
 """Without its work, which may be megabytes that nobody looks at."""
 LISTED = COLUMNS.format(response="response", work="NULL")
 """Nor its pictures."""
+
+KEPT = "(finished IS NULL OR finished >= ?)"
+"""Not expired."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -232,7 +237,10 @@ class History:
         """A request without its work. Raises `NotFound` unless the request is there and the owner's."""
         found = await self._run(
             lambda c: [
-                entry(row) for row in c.execute(f"SELECT {SHOWN} FROM requests WHERE id = ? AND owner = ?", (id, owner))
+                entry(row)
+                for row in c.execute(
+                    f"SELECT {SHOWN} FROM requests WHERE id = ? AND owner = ? AND {KEPT}", (id, owner, self._oldest())
+                )
             ]
         )
         if not found:
@@ -256,9 +264,9 @@ class History:
                 if last is None:
                     return None
             rows = connection.execute(
-                f"SELECT {LISTED} FROM requests WHERE owner = ? AND (created, rowid) < (?, ?)"
+                f"SELECT {LISTED} FROM requests WHERE owner = ? AND (created, rowid) < (?, ?) AND {KEPT}"
                 " ORDER BY created DESC, rowid DESC LIMIT ?",
-                (owner, *last, limit),
+                (owner, *last, self._oldest(), limit),
             )
             return [entry(row, listed=True) for row in rows]
 
@@ -307,9 +315,13 @@ class History:
     async def keep_reply(self, reply: Reply) -> None:
         await self._run(lambda c: keep(c, reply), flushed=True)
 
+    def _oldest(self) -> float:
+        """When what expires now was finished."""
+        return time.time() - self.lifetime
+
     async def sweep(self) -> None:
         """Forgets what has expired."""
-        oldest = time.time() - self.lifetime
+        oldest = self._oldest()
         old_reply = time.time() - self.reply_lifetime
         await self._run(lambda c: c.execute("DELETE FROM replies WHERE created < ?", (old_reply,)))
         await self._run(lambda c: c.execute("DELETE FROM requests WHERE finished < ?", (oldest,)))

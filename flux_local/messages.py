@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from flux_local.errors import StartError
+
 HEADER = struct.Struct("<I")
 
 
@@ -97,6 +99,11 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
     exit_code: int
+
+    def error(self) -> StartError:
+        error = StartError(self.message)
+        error.exit_code = self.exit_code
+        return error
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):

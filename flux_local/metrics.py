@@ -114,8 +114,10 @@ class State(Collector):
         pending = list(dispatcher.pending.values())
         waiting = [picture.asked for picture in pending if not picture.begun]
         oldest = max((now - asked for asked in waiting), default=0.0)
-        yield GaugeMetricFamily("flux_pictures_waiting", "Pictures that no step has been told of.", len(waiting))
-        yield GaugeMetricFamily("flux_pictures_running", "Pictures between two steps.", len(pending) - len(waiting))
+        yield GaugeMetricFamily("flux_pictures_waiting", "Pictures not begun yet.", len(waiting))
+        yield GaugeMetricFamily(
+            "flux_pictures_running", "Pictures begun and not finished.", len(pending) - len(waiting)
+        )
         yield GaugeMetricFamily(
             "flux_waiting_oldest_seconds", "How long the first of those waiting has waited.", oldest
         )

@@ -5,7 +5,6 @@ Knows neither HTTP nor the model beyond `ModelInfo`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import secrets
@@ -22,7 +21,7 @@ from flux_local.steps import Mask, Masks
 MANY_NAMES, LONG_NAME = 64, 64
 """Of names that change nothing: how many are told, and how many characters of each."""
 PUBLIC_NAME = "flux.1-krea-dev"
-OPENAI_NAMES = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[a-z0-9.-]{1,40}")
+OPENAI_NAMES = re.compile(r"(gpt-image-|dall-e-)[0-9][a-z0-9.-]{0,39}|chatgpt-image-latest")
 """What clients made for OpenAI's images send: its models of today, and of the day after."""
 
 
@@ -195,7 +194,7 @@ def length_of(given: Mapping[str, Any], model: ModelInfo) -> int | None:
 def asked_check(given: Mapping[str, Any]) -> bool | None:
     """Either of two opposite names."""
     enabled, disabled = given.get("enable_safety_checker"), given.get("disable_safety_checker")
-    if enabled is not None and enabled == disabled:
+    if enabled and disabled:
         raise InvalidValue(
             "'enable_safety_checker' and 'disable_safety_checker' contradict each other; send one.",
             param="disable_safety_checker",
@@ -282,9 +281,8 @@ def check(parameter: Parameter, name: str, value: Any) -> Any:
     """The value, if it is of the parameter's type and inside its range."""
     value = typed(parameter, name, value)
     shown = str(value)
-    if parameter.kind == "number or string":
-        with contextlib.suppress(ValueError):
-            shown = f"{float(value):g}"
+    if parameter.kind == "number or string" and re.fullmatch(sizes.NUMBER, shown):
+        shown = f"{float(shown):g}"
     if parameter.choices and shown not in parameter.choices:
         allowed = ", ".join(parameter.choices)
         raise InvalidValue(f"'{name}' must be one of: {allowed}.", param=name)

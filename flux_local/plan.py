@@ -47,7 +47,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """What has to be drawn. Methods compute on pixels: keep them off an event loop.
+    """What has to be drawn. `on_canvas` and `file` compute on pixels: keep them off an event loop, and `job` until the
+    first has been computed.
 
     Args:
         model: the loaded model's name, for the picture's metadata.
@@ -68,6 +69,19 @@ class Plan:
         """The source at the delivered size."""
         return self.source and self.source.at(self.params.delivered)
 
+    @cached_property
+    def on_canvas(self) -> tuple[bytes | None, bytes | None]:
+        """RGB rows to start from and what to repaint of them, where there is such: the same for all pictures."""
+        params, original = self.params, self.original
+        if original is None or (params.strength == 1 and original.mask is None):
+            return None, None
+        layers = (original.image, original.mask)
+        image, mask = (
+            None if layer is None else images.on_canvas(layer, params.canvas, params.delivered).tobytes()
+            for layer in layers
+        )
+        return image, mask
+
     @property
     def untouched(self) -> bool:
         """Strength 0: the answer is the source itself, and nothing is to be drawn."""
@@ -79,9 +93,9 @@ class Plan:
         if self.untouched:
             return NOTHING
         params, count = self.params, len(self.params.seeds)
-        tokens, rows = params.canvas.area // 256, 1 if params.negative_prompt is None else 2
+        tokens, rows = params.canvas.tokens, 1 if params.negative_prompt is None else 2
         decodings = 1 + (params.partial_images if params.stream else 0)
-        return Amount(tokens * rows * params.steps_computed * count, tokens * decodings * count)
+        return Amount(count, tokens * rows * params.steps_computed * count, tokens * decodings * count)
 
     def job(self, id: str, index: int, owner: str = "", deadline: float | None = None) -> Job:
         """The job of picture `index`.
@@ -89,12 +103,7 @@ class Plan:
         Args:
             deadline: on the machine's monotonic clock.
         """
-        params, original = self.params, self.original
-        image = mask = None
-        if original is not None and (params.strength != 1 or original.mask is not None):
-            image = images.on_canvas(original.image, params.canvas, params.delivered).tobytes()
-            if original.mask is not None:
-                mask = images.on_canvas(original.mask, params.canvas, params.delivered).tobytes()
+        params, (image, mask) = self.params, self.on_canvas
         return Job(
             id=id,
             prompt=params.prompt,

@@ -21,7 +21,7 @@ SUM = struct.Struct("<I")
 SLOT = RECORD.size + SUM.size
 """The page's first byte says which of two slots behind it has the latest state; the other may be half written."""
 LOOKS = 100
-"""At a state that does not agree with its sum, before it is taken as it is."""
+"""At a state that does not agree with its checksum, before it is taken as it is."""
 
 
 class Phase(IntEnum):

@@ -24,8 +24,6 @@ QUANTUM = 1.0
 writes every layer that an adapter touches."""
 
 Canvas = tuple[int, int]
-RANK = attrgetter("rank")
-RowsLimit = Callable[[Canvas], int]
 
 
 @dataclass(slots=True)
@@ -33,9 +31,8 @@ class Entry:
     """A job as the scheduler sees it.
 
     `family`: what else jobs must share to share a step, such as their precision. `weights`: what the model's weights
-    have to be changed to for them. `rows` of a batch that it takes: two
-    with real classifier-free guidance. `step_cost`: seconds for a step of it alone. `alone`: shares no batch, because
-    one that it was in has failed.
+    have to be changed to for them. `rows` of a batch that it takes: two with real classifier-free guidance.
+    `step_cost`: seconds for a step of it alone. `alone`: shares no batch, because one that it was in has failed.
     """
 
     id: str
@@ -48,36 +45,34 @@ class Entry:
     alone: bool = False
     family: Hashable = None
     weights: Hashable = None
-    order: int = field(init=False, default=0)
     kind: Hashable = field(init=False)
     """What jobs must have in common to share a step."""
-    rank: tuple[float, int] = field(init=False, default=(0.0, 0))
-    """Less is sooner: remaining seconds, less what waiting has earned; then first come. Waiting earns alike for all, so
-    that the time of arrival stands for it."""
+    rank: float = field(init=False, default=0.0)
+    """Less is sooner: remaining seconds, less what waiting has earned. Waiting earns alike for all, so that the time of
+    arrival stands for it. Of equals the first come is first."""
 
     def __post_init__(self) -> None:
         self.kind = (self.canvas, self.family, self.id if self.alone else None)
 
     def update_rank(self) -> None:
-        self.rank = (self.steps_left * self.step_cost + AGEING * self.arrived, self.order)
+        self.rank = self.steps_left * self.step_cost + AGEING * self.arrived
 
 
 class Scheduler:
     """The jobs that are not done yet.
 
     Args:
-        rows_limit: rows that a batch of a canvas may have; asked anew for each batch.
+        rows_limit: rows that a batch with a job may have; asked anew for each batch.
         sizes: numbers of rows that a batch may have, ascending from 1. Few, so that shapes are few.
     """
 
-    def __init__(self, rows_limit: RowsLimit, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> None:
+    def __init__(self, rows_limit: Callable[[Entry], int], sizes: tuple[int, ...] = (1, 2, 4, 8)) -> None:
         self.rows_limit = rows_limit
         self.sizes = sizes
         self.entries: dict[str, Entry] = {}
         self.through: dict[str, str] = {}
         """Of jobs that have had their last step and are not decoded yet, the owners."""
         self.served: dict[str, float] = {}
-        self._order = 0
         self._weights: Hashable = None
         self._since_change = 0.0
 
@@ -92,9 +87,7 @@ class Scheduler:
             level = min((self.served[owner] for owner in active), default=0.0)
             self.served[entry.owner] = max(level, self.served.get(entry.owner, 0.0) if active else 0.0)
         self.served = {o: s for o, s in self.served.items() if o in active or o == entry.owner}
-        entry.order = self._order
         entry.update_rank()
-        self._order += 1
         self.entries[entry.id] = entry
 
     def remove(self, id: str) -> bool:
@@ -123,14 +116,14 @@ class Scheduler:
             return []
         entries, served = self.entries.values(), self.served
         least = min(served[owner] for owner in {entry.owner for entry in entries})
-        first = min((entry for entry in entries if served[entry.owner] == least), key=RANK)
+        first = min((entry for entry in entries if served[entry.owner] == least), key=attrgetter("rank"))
         if first.weights != self._weights:
             staying = [entry for entry in entries if entry.weights == self._weights]
             if staying and self._since_change < QUANTUM:
                 first = min(staying, key=lambda entry: (served[entry.owner], entry.rank))
             else:
                 self._weights, self._since_change = first.weights, 0.0
-        limit = self.rows_limit(first.canvas)
+        limit = self.rows_limit(first)
         if limit == 1:
             return [first.id]
         alike = [entry for entry in entries if entry.kind == first.kind]
@@ -139,7 +132,7 @@ class Scheduler:
 
     def fitting(self, alike: list[Entry]) -> list[Entry]:
         """As many of them, in order, as make up the largest number of rows allowed; the first in any case."""
-        limit = self.rows_limit(alike[0].canvas)
+        limit = self.rows_limit(alike[0])
         sums = [0]
         for entry in alike:
             sums.append(sums[-1] + entry.rows)

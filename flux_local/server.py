@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import signal
 import socket
 import time
@@ -58,6 +59,7 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         AlreadyTaken, SettingsError, WeightsError, StartError: what prevents the start.
         EngineDead: the engine cannot be brought back.
     """
+    os.umask(0o077)  # prompts and pictures are nobody else's on this machine
     folder = weights.find(settings.model)
     weights.verify(folder)
     model = weights.info(folder)
@@ -166,7 +168,7 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """For what is no HTTP, in the form of all errors; it reaches no route."""
-        error = InvalidValue("This is not HTTP/1.1. Mend the request's line, headers or chunks.")
+        error = InvalidValue("This is not valid HTTP/1.1. Check the request line, headers and chunks.")
         headers = [("content-type", "application/json"), ("connection", "close"), ("x-request-id", new_request_id())]
         events: list[h11.Event] = [
             h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
@@ -235,6 +237,7 @@ def bind(host: str, port: int) -> socket.socket:
         AlreadyTaken: the port is in use. SettingsError: no such address here, or a port that is not for everybody.
     """
     try:
+        host = host.removeprefix("[").removesuffix("]")
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -32,6 +32,11 @@ class Size(NamedTuple):
     def area(self) -> int:
         return self.width * self.height
 
+    @property
+    def tokens(self) -> int:
+        """Of a canvas: one for each square of GRID by GRID pixels."""
+        return self.area // GRID**2
+
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
 
@@ -212,7 +217,7 @@ def canvas_for(delivered: Size, model: CanvasRange) -> Size:
 
 
 def nearest_canvas(ratio: float, area: float, model: CanvasRange) -> Size:
-    """The canvas inside the model's range nearest to a ratio and an area, ratio first."""
+    """The canvas inside the model's range nearest to a ratio and an area; an error in the ratio counts twice."""
     candidates = []
     for rows in model.rows():
         columns = model.columns(rows)

@@ -31,12 +31,14 @@ ASLEEP = 1.0
 it."""
 LOAD_LIMIT = 1800.0
 """Seconds that loading and warming up may take the first time."""
-RELOAD_LIMIT, RELOADS = 30.0, 5.0
-"""Seconds that it may take again, and how often as long as before: files are in memory now, or a driver hangs."""
+RELOAD_LIMIT, RELOAD_FACTOR = 30.0, 5.0
+"""Seconds that loading again may take, or so many times as long as the first time, if that is more: the files are in
+memory now, or a driver hangs."""
 REAP_SECONDS = 10.0
 HARD_WORK = 20
-"""Steps of a first request that the longest phase takes no longer than: a canvas four times as large, whose attention
-takes sixteen times as long, or the proof of a batch. What takes a minute a step, as FLUX.1 on a CPU, is not hung."""
+"""No phase takes longer than so many steps of the warm-up picture: no step on a canvas four times as large, whose
+attention takes sixteen times as long, and no proof of a batch. What takes a minute a step, as FLUX.1 on a CPU, is not
+hung."""
 FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 """Signals that somebody else sends: no request is to blame for them."""
 
@@ -246,15 +248,13 @@ class Supervisor:
         finally:
             self._load_seconds = time.monotonic() - began
         if isinstance(message, StartFailed):
-            failed = StartError(message.message)
-            failed.exit_code = message.exit_code
-            raise failed
+            raise message.error()
         assert isinstance(message, Ready)
         if not self.was_ready:
             # What comes after a crash is laid out as the first was, though the memory that is free may tempt otherwise.
             self.device = message.device
             self.options += ["--memory", message.tier]
-            self._load_limit = min(LOAD_LIMIT, max(RELOAD_LIMIT, RELOADS * self._load_seconds))
+            self._load_limit = min(LOAD_LIMIT, max(RELOAD_LIMIT, RELOAD_FACTOR * self._load_seconds))
         self.ready, self.was_ready = message, True
         self.patience = max(self.guard.patience, HARD_WORK * message.step_seconds)
         self.hooks.on_ready(self)

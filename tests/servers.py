@@ -21,7 +21,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "weights" / "flux-krea-mini"
-START_LIMIT = 60.0
+START_LIMIT = 150.0
 NOTHING_OF_THE_USERS = {"FLUX_LOCAL_SAFETY_MODEL": "no-checker", "FLUX_LOCAL_LORAS_DIR": "no-adapters",
                         "FLUX_LOCAL_CACHE_DIR": "no-cache"}  # fmt: skip
 
@@ -102,7 +102,10 @@ def running(folder: Path, *flags: str, **options: object) -> Iterator[Server]:
             assert server.process.poll() is None, server.output
             return "address" in server.output
 
-        eventually(address, START_LIMIT)
+        try:
+            eventually(address, START_LIMIT)
+        except AssertionError:
+            raise AssertionError(f"it was not ready after {START_LIMIT:.0f} s:\n{server.output}") from None
         found = re.search(r"address\s+(http://\S+)/v1", server.output)
         assert found, server.output
         server.url = found[1]

@@ -8,9 +8,9 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from flux_local.admission import Limits, amount_of
+from flux_local.admission import Limits, Speed, amount_of
 from flux_local.dispatch import CRASHES, OUTSIDE_FALLS, Dispatcher
-from flux_local.errors import RateLimited, RequestCrashes
+from flux_local.errors import Draining, RateLimited, RequestCrashes
 from flux_local.messages import Cancel, Done, Job, Step, ToEngine
 from flux_local.supervisor import Fall
 
@@ -168,9 +168,40 @@ def test_what_waits_to_be_decoded_is_work_too() -> None:
         assert dispatcher.ahead() == (3, pytest.approx(12.0)), "as jobs they are no more than as promises"
         dispatcher._on_message(cast(Any, engine), Step("req1-0", 1, 1, 1.0))
         assert dispatcher.ahead() == (3, pytest.approx(11.0))
-        assert dispatcher.outlook("req2") == (1, pytest.approx(7.0))
+        assert dispatcher.outlook()["req2"] == (1, pytest.approx(7.0))
         for task in drawing:
             task.cancel()
         await asyncio.gather(*drawing, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_what_takes_long_to_begin_is_known_to() -> None:
+    """A prompt that is encoded for seconds, say, where text encoders wait in host memory."""
+    speed, one = Speed(step=1e-3), amount_of(job(0))
+    before = speed.seconds(one)
+    for _ in range(200):
+        speed.began(2.0, job(0).tokens)
+    assert speed.seconds(one) == pytest.approx(before + 2.0, abs=0.01)
+    assert speed.seconds(amount_of(job(0), 9)) == pytest.approx(0.9 * before), "it is begun"
+
+
+def test_a_key_that_shares_the_device_waits_longer_for_its_place() -> None:
+    limits, refused = Limits(pictures=100, seconds=100.0, share=0.1), list[int]()
+    for keys in (1, 4):
+        with pytest.raises(RateLimited) as error:
+            limits.check((1, 3.0), (10, 30.0), of_key=True, keys=keys)
+        assert error.value.retry_after is not None
+        refused.append(error.value.retry_after)
+    assert refused == [23, 92]
+
+
+def test_after_the_end_nothing_is_begun() -> None:
+    async def run() -> None:
+        dispatcher = Dispatcher(LIMITS, lambda hooks: [])
+        dispatcher.engines = cast(list[Any], [Engine(True)])
+        await dispatcher.stop()
+        with pytest.raises(Draining):
+            await asyncio.wait_for(dispatcher.draw(job(0)), 10)
 
     asyncio.run(run())

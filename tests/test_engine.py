@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import math
 import random
+import re
 import signal
 import socket
 import time
@@ -16,8 +17,13 @@ import httpx
 import psutil
 import pytest
 
+from flux_local.drawing import begin_picture
 from flux_local.engine import Engine
-from flux_local.messages import Done, EngineChannel, Job
+from flux_local.messages import Cancel, Done, EngineChannel, Job, frame
+from flux_local.model.denoiser import Denoiser
+from flux_local.model.loader import Pipeline
+from flux_local.model.ops import Ops
+from flux_local.model.transformer import FluxTransformer
 from flux_local.pulse import Pulse
 from tests.servers import Server, eventually, pictures, running
 
@@ -94,8 +100,7 @@ def test_scheduling_and_messages_cost_under_a_third_of_a_millisecond_a_step(pipe
     for i in range(60):
         engine.accept(Job(f"r-{i}", "a red star", i, 128, 128, 50, 4.5, owner=f"key{i % 3}"))
     engine.channel.send = lambda message: None  # type: ignore[method-assign]  # nobody reads: a full socket would wait
-    engine.rows_limit = lambda canvas: 1  # type: ignore[method-assign]
-    engine.scheduler.rows_limit = engine.rows_limit
+    engine.scheduler.rows_limit = lambda entry: 1
     for _ in range(6):  # a picture of each key is begun
         engine.turn()
     inside, advance = 0.0, pipeline.denoiser.advance
@@ -226,6 +231,78 @@ def test_a_hang_is_no_end(tmp_path: Path) -> None:
         assert [answer.status_code for answer in both] == [500, 200]
 
 
+def test_a_cancelled_picture_takes_no_more_steps(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    engine = Engine(pipeline, EngineChannel(theirs), Pulse(), 1e-4)
+    turn, turns = engine.turn, 0
+
+    def turned() -> None:
+        nonlocal turns
+        turn()
+        turns += 1
+        if turns == 3:
+            ours.sendall(frame(Cancel("b-0")))
+        elif turns == 6:
+            ours.close()
+
+    monkeypatch.setattr(engine, "turn", turned)
+    with theirs:
+        for name in "abc":
+            ours.sendall(frame(Job(f"{name}-0", "a red star", 1, 128, 128, 50, 4.5)))
+        with pytest.raises(EOFError):
+            engine.run()
+    assert list(engine.drawings) == list(engine.scheduler.entries) == ["a-0", "c-0"]
+
+
+def test_a_key_pays_for_what_begins_its_pictures(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text encoders that wait in host memory, say, or adapters that are merged."""
+    ours, theirs = socket.socketpair()
+    engine = Engine(pipeline, EngineChannel(theirs), Pulse(), 1e-4)
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(1.0)
+        return begin_picture(*given)
+
+    monkeypatch.setattr("flux_local.engine.begin_picture", slowly)
+    monkeypatch.setattr(engine.channel, "send", lambda message: None)
+    with ours, theirs:
+        engine.accept(Job("r-0", "a red star", 1, 128, 128, 1, 4.5, owner="key"))
+        while engine.drawings:
+            engine.turn()
+    assert engine.scheduler.served["key"] > 1.0
+
+
+def test_what_is_not_finite_is_drawn_again_by_plain_operations(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    engine = Engine(pipeline, EngineChannel(theirs), Pulse(), 1e-4)
+    decoding, careful = pipeline.vae.decoding, list[bool]()
+
+    def not_finite_once(*given: Any) -> Any:
+        if not careful[-1]:
+            raise ArithmeticError
+        return (yield from decoding(*given))
+
+    def noted(self: Pipeline, go_fast: bool, is_careful: bool = False) -> Denoiser:
+        careful.append(is_careful)
+        return denoiser_for(self, go_fast, is_careful)
+
+    denoiser_for = Pipeline.denoiser_for
+    monkeypatch.setattr(Pipeline, "denoiser_for", noted)
+    monkeypatch.setattr(pipeline.vae, "decoding", not_finite_once)
+    told: list[Any] = []
+    monkeypatch.setattr(engine.channel, "send", told.append)
+    with ours, theirs:
+        engine.accept(Job("r-0", "a red star", 1, 128, 128, 3, 4.5))
+        while engine.drawings:
+            engine.turn()
+    assert isinstance(told[-1], Done)
+    assert careful.count(True) == 3, "of its steps"
+    assert (careful[0], careful[-1]) == (False, True)
+    plain = denoiser_for(pipeline, False, True).transformer
+    assert isinstance(plain, FluxTransformer)
+    assert plain.ops == Ops()
+
+
 def test_a_machine_that_stands_still_is_no_hang(tmp_path: Path) -> None:
     with running(tmp_path, "--engine-timeout", "2") as server:
         engine, own = server.engine(), psutil.Process(server.process.pid)
@@ -249,6 +326,7 @@ def test_out_of_memory_splits_the_batch_and_the_engine_lives(tmp_path: Path) -> 
         bodies = [{**PICTURE, "seed": i} for i in range(4)]
         expected = [pictures(server.post(body)) for body in bodies]
         assert [pictures(answer) for answer in all_at_once(server, bodies)] == expected
+        assert re.search("out of memory with [24] pictures", server.output), "there was a batch"
         huge = server.post({**PICTURE, "prompt": "huge"})
         assert (huge.status_code, huge.json()["error"]["code"]) == (500, "internal_error")
         assert "memory" in huge.json()["error"]["message"]
@@ -351,6 +429,7 @@ def test_what_cannot_be_done_in_time_is_refused_at_once(server: Server) -> None:
 
 def test_a_deadline_frees_the_place(tmp_path: Path) -> None:
     with running(tmp_path, "--request-timeout", "3", FLUX_LOCAL_FAULTS="slow seconds=0.1 step=2") as server:
-        late = server.post({**LONG, "steps": 100, "n": 10})
+        more = {"x-request-timeout": "1000"}
+        late = server.post({**LONG, "steps": 100, "n": 10}, headers=more)
         assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
         assert server.post({**PICTURE, "steps": 1}).status_code == 200

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flux_local.errors import StorageFull
+from flux_local.errors import NotFound, StorageFull
 from flux_local.history import Entry, History, Reply, Status
 
 
@@ -75,6 +75,21 @@ def test_a_history_of_before_is_read_and_counts_who_takes_up_its_promises(tmp_pa
         assert [entry.resumed for entry in await history.unfinished()] == [2, 0]
         await history.put_down()
         assert [entry.resumed for entry in await history.unfinished()] == [0, 0]
+        history.close()
+
+    asyncio.run(run())
+
+
+def test_what_has_expired_is_not_there_though_nobody_has_swept(tmp_path: Path) -> None:
+    async def run() -> None:
+        history = History(tmp_path, 1000)
+        for id in ("old", "new"):
+            await history.add(new(id, "running"))
+            await history.finish(id, "succeeded", {"created": 1, "data": []})
+        await history._run(lambda c: c.execute("UPDATE requests SET finished = finished - 1001 WHERE id = 'old'"))
+        assert [entry.id for entry in await history.page("", 10)] == ["new"]
+        with pytest.raises(NotFound):
+            await history.get("old", "")
         history.close()
 
     asyncio.run(run())

@@ -67,6 +67,8 @@ def test_the_default_answer_is_a_url_that_serves_the_file(server: Server) -> Non
     assert file.headers["content-type"] == "image/png"
     assert file.headers["x-content-type-options"] == "nosniff"
     assert opened(file.content).size == (1024, 1024)
+    known = httpx.get(url, headers={"if-none-match": file.headers["etag"]})
+    assert (known.status_code, known.content) == (304, b"")
     assert httpx.get(url.replace("/v1/images/files/", "/v1/images/files/x")).status_code == 404
 
 
@@ -164,6 +166,8 @@ def test_a_png_carries_prompt_and_parameters_and_no_id(server: Server) -> None:
     assert "True CFG scale: 2" in text
     assert first["id"] != second["id"]
     assert first["data"] == second["data"]
+    nul = server.post({**body, "prompt": "a\0b"}).json()
+    assert "\0" not in opened(nul["data"][0]["b64_json"]).info["parameters"]
 
 
 def test_sync_mode_answers_a_data_uri(server: Server) -> None:
@@ -329,6 +333,7 @@ def test_live_and_ready(server: Server) -> None:
     assert httpx.get(server.url + "/health").json() == {"status": "ok"}
     ready = httpx.get(server.url + "/ready").json()
     assert (ready["model"], ready["device"], ready["precision"]) == ("flux-krea-mini", "cpu", "fp32")
+    assert ready["warm_up_seconds"] > ready["step_seconds"] > 0
 
 
 def test_what_is_no_http_is_told_so_in_the_form_of_all_errors(server: Server) -> None:

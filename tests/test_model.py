@@ -118,22 +118,42 @@ def test_no_part_of_a_decoding_takes_longer_than_a_step(pipeline: Pipeline, widt
     parts: list[float] = []
     step, threads = math.inf, torch.get_num_threads()
     torch.set_num_threads(1)  # other work on the machine then costs this thread nothing
-    for _ in range(8):
-        picture = pipeline.begin(pipeline.text.encode(PROMPTS[0]), width, height, seed=0, steps=2, guidance=4.0)
-        for _ in range(2):
-            began = time.thread_time()
-            pipeline.denoiser.advance([picture])
-            step = min(step, time.thread_time() - began)
-        decoding, seconds = pipeline.vae.decoding(picture.latents, width, height), list[float]()
-        while True:
-            began = time.thread_time()
-            done = next(decoding, b"")
-            seconds.append(time.thread_time() - began)
-            if done is not None:
-                break
-        parts = [min(pair) for pair in zip(parts or seconds, seconds, strict=True)]
-    torch.set_num_threads(threads)
+    try:
+        for _ in range(8):
+            picture = pipeline.begin(pipeline.text.encode(PROMPTS[0]), width, height, seed=0, steps=2, guidance=4.0)
+            for _ in range(2):
+                began = time.thread_time()
+                pipeline.denoiser.advance([picture])
+                step = min(step, time.thread_time() - began)
+            decoding, seconds = pipeline.vae.decoding(picture.latents, width, height), list[float]()
+            while True:
+                began = time.thread_time()
+                done = next(decoding, b"")
+                seconds.append(time.thread_time() - began)
+                if done is not None:
+                    break
+            parts = [min(pair) for pair in zip(parts or seconds, seconds, strict=True)]
+    finally:
+        torch.set_num_threads(threads)
     assert max(parts) <= step, (max(parts), step)
+
+
+def test_a_step_moves_all_pictures_or_none(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = pipeline.text.encode(PROMPTS[0])
+    pictures = [pipeline.begin(prompt, 128, 128, seed=seed, steps=4, guidance=4.0) for seed in range(2)]
+    before = [(picture.step, picture.latents) for picture in pictures]
+    move, moved = pipeline.denoiser.move, list[int]()
+
+    def fails_on_the_second(picture: denoiser.Picture, velocity: torch.Tensor) -> None:
+        moved.append(picture.step)
+        if len(moved) == 2:
+            raise torch.OutOfMemoryError
+        move(picture, velocity)
+
+    monkeypatch.setattr(pipeline.denoiser, "move", fails_on_the_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline.denoiser.advance(pictures)
+    assert all(p.step == step and p.latents is latents for p, (step, latents) in zip(pictures, before, strict=True))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 96), (176, 240)])

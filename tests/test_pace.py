@@ -170,8 +170,7 @@ def test_steps_are_priced_by_the_card_and_denoising_ends_when_they_do(
 def test_a_fall_is_blamed_on_all_that_was_under_way(engine_on: Callable[[float], tuple[Engine, Told]]) -> None:
     """Two keys take turns, so that each step is launched while the other's is at work."""
     engine, told = engine_on(0.5)
-    engine.rows_limit = lambda canvas: 1  # type: ignore[method-assign]
-    engine.scheduler.rows_limit = engine.rows_limit
+    engine.scheduler.rows_limit = lambda entry: 1
     for serial in (1, 2):
         engine.accept(job(serial, owner=f"key{serial}"))
     while engine.drawings:

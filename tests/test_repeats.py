@@ -124,6 +124,28 @@ def test_a_repeat_whose_client_left_waits_no_more_and_takes_nothing_over(tmp_pat
     asyncio.run(run())
 
 
+def test_a_key_is_its_owner_s_own(tmp_path: Path) -> None:
+    async def run() -> None:
+        history = History(tmp_path, 60)
+        repeats, made = Repeats(history), list[str]()
+
+        async def make(name: str, keep: Keep) -> Response:
+            made.append(name)
+            return Response(name, headers={"x-request-id": name})
+
+        async def asked(owner: str, name: str) -> bytes:
+            request = with_key(asyncio.Event())
+            request.scope["request_id"] = name
+            once = repeats.once(request, owner, "generations", "f", 60, lambda _, keep: make(name, keep))
+            return bytes((await once).body)
+
+        assert [await asked(*each) for each in (("one", "a"), ("two", "b"), ("one", "c"))] == [b"a", b"b", b"a"]
+        assert made == ["a", "b"]
+        history.close()
+
+    asyncio.run(run())
+
+
 def test_a_repeat_that_takes_over_has_what_is_left_of_its_time(tmp_path: Path) -> None:
     async def run() -> None:
         history = History(tmp_path, 60)

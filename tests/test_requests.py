@@ -40,6 +40,7 @@ def test_accepted_at_once_and_done_later(server: Server) -> None:
     assert location == f"{server.url}/v1/images/requests/{answer.json()['id']}"
     assert answer.json()["status"] in ("queued", "running")
     assert answer.json()["progress"]["steps"] == 6
+    assert answer.json()["progress"]["seconds_left"] > 0
     assert answer.headers["x-flux-seed"] == "8,9"
     eventually(lambda: status(location) == "succeeded")
     entry = httpx.get(location).json()

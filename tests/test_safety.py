@@ -25,7 +25,7 @@ from flux_local.model.safety import Classifier, Key, SafetyChecker
 from flux_local.pulse import Phase, Pulse
 from tests.servers import ROOT, Server, pictures, running, started
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 CIRCLE = {"prompt": "a large red circle on a white background", "size": "128x128", "seed": 1,
           "response_format": "b64_json"}  # fmt: skip
@@ -47,6 +47,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory, classifier: Path) -> Itera
         yield server
 
 
+@pytest.mark.slow
 def test_a_flagged_picture_is_not_given_out(checked: Server) -> None:
     answer = checked.post(CIRCLE)
     assert answer.status_code == 400
@@ -56,6 +57,7 @@ def test_a_flagged_picture_is_not_given_out(checked: Server) -> None:
     assert (len(pictures(good)), good.json()["flagged"]) == (1, 0)
 
 
+@pytest.mark.slow
 def test_of_several_pictures_the_flagged_are_left_out_and_counted(checked: Server, tmp_path: Path) -> None:
     body = {**CIRCLE, "prompt": "large", "n": 10}
     with_all = {item["seed"] for item in all_of(body, tmp_path)}
@@ -79,6 +81,7 @@ def all_of(body: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         return data
 
 
+@pytest.mark.slow
 def test_nothing_of_a_flagged_picture_is_streamed(checked: Server) -> None:
     body = {**CIRCLE, "stream": True, "partial_images": 2}
     with httpx.stream("POST", f"{checked.url}/v1/images/generations", json=body, timeout=60) as answer:
@@ -87,6 +90,7 @@ def test_nothing_of_a_flagged_picture_is_streamed(checked: Server) -> None:
     assert not [event for event in events if event.get("type") == "image_generation.completed"]
 
 
+@pytest.mark.slow
 def test_a_request_cannot_turn_it_off_unless_it_may(checked: Server, classifier: Path, tmp_path: Path) -> None:
     for off in ({"enable_safety_checker": False}, {"disable_safety_checker": True}):
         answer = checked.post({**CIRCLE, **off})
@@ -97,6 +101,7 @@ def test_a_request_cannot_turn_it_off_unless_it_may(checked: Server, classifier:
 
 
 @pytest.mark.parametrize("labels", [("--safety-labels", "weapons"), ()])
+@pytest.mark.slow
 def test_a_checker_that_is_none_prevents_the_start(classifier: Path, tmp_path: Path, labels: tuple[str, ...]) -> None:
     folder = classifier if labels else tmp_path / "nothing"
     flags = ("--safety-checker", "on", "--safety-model", str(folder), *labels)

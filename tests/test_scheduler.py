@@ -18,7 +18,7 @@ def entry(
 
 
 def filled(limit: int, *entries: Entry) -> Scheduler:
-    scheduler = Scheduler(lambda canvas: limit)
+    scheduler = Scheduler(lambda entry: limit)
     for e in entries:
         scheduler.add(e)
     return scheduler
@@ -150,7 +150,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.limit = 4
-        self.scheduler = Scheduler(lambda canvas: self.limit)
+        self.scheduler = Scheduler(lambda entry: self.limit)
         self.steps: dict[str, int] = {}
         self.ended: list[str] = []
         self.now = 0.0
@@ -197,7 +197,7 @@ class Machine(RuleBasedStateMachine):
     def crash(self) -> None:
         """Another engine begins with what is left, from the start."""
         left = list(self.scheduler.entries.values())
-        self.scheduler = Scheduler(lambda canvas: self.limit)
+        self.scheduler = Scheduler(lambda entry: self.limit)
         for e in left:
             self.scheduler.add(Entry(e.id, e.canvas, self.steps[e.id], 1.0, e.arrived, e.owner, e.rows, True))
 

@@ -134,9 +134,13 @@ class TestKeys:
 
     def test_nothing_secret_in_the_log(self, locked: Server) -> None:
         prompt = "canary-prompt-77"
-        answer = locked.post({**QUICK, "prompt": prompt}, headers={"authorization": "Bearer key-one"}).json()
+        made = locked.post({**QUICK, "prompt": prompt}, headers={"authorization": "Bearer key-one"})
+        answer = made.json()
         name = answer["data"][0]["url"].rpartition("/")[2]
-        httpx.get(answer["data"][0]["url"])
+        fetched = httpx.get(answer["data"][0]["url"])
+        for response in (made, fetched):
+            eventually(lambda id=response.headers["x-request-id"]: id in locked.output)
+        assert "/images/files/" in locked.output
         locked.post({**QUICK, "prompt": prompt}, headers={"authorization": "Bearer canary-key-88"})
         for secret in ("key-one", "canary-key-88", prompt, name.partition(".")[0]):
             assert secret not in locked.output
@@ -192,6 +196,15 @@ def test_without_keys_it_is_for_its_own_machine(tmp_path: Path, server: Server) 
 def test_the_data_directory_is_nobody_elses(tmp_path: Path) -> None:
     with running(tmp_path):
         assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
+
+
+def test_nor_is_what_it_puts_into_a_folder_that_was_there(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir(mode=0o755)
+    with running(tmp_path) as server:
+        assert server.post({**QUICK, "response_format": "url"}).status_code == 200
+        found = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+        assert any(path.suffix == ".png" for path in found)
+        assert all(path.stat().st_mode & 0o077 == 0 for path in found)
 
 
 def test_the_engine_dies_with_its_server(tmp_path: Path) -> None:

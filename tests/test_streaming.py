@@ -119,7 +119,7 @@ def test_bad_input_is_refused_before_the_stream(server: Server) -> None:
     assert answer.json()["error"]["param"] == "n"
 
 
-def test_a_client_that_stops_reading_stops_the_work(server: Server) -> None:
+def test_a_client_that_leaves_a_stream_stops_the_work(server: Server) -> None:
     body = {**BODY, "steps": 100, "n": 10, "size": "192x192", "stream": True, "partial_images": 3}
     with httpx.stream("POST", server.url + "/v1/images/generations", json=body, timeout=30) as answer:
         assert answer.status_code == 200

@@ -42,19 +42,19 @@ class JSON(JSONResponse):
 
 def error_body(error: FluxError) -> dict[str, Any]:
     """The error object of a failure that is told in a stream or kept in the history."""
-    answer = answer_for(error)
-    return {"error": {"message": error.message, "type": answer.type, "param": error.param, "code": answer.code}}
+    return body_of(answer_for(error), error.message, error.param)
+
+
+def body_of(answer: Answer, message: str, param: str | None) -> dict[str, Any]:
+    """`{"error": {message, type, param, code}}`."""
+    return {"error": {"message": message, "type": answer.type, "param": param, "code": answer.code}}
 
 
 def error_response(
     answer: Answer, message: str, param: str | None = None, retry_after: int | None = None
 ) -> JSONResponse:
-    """`{"error": {message, type, param, code}}`."""
-    headers = {}
-    if retry_after is not None:
-        headers["retry-after"] = str(retry_after)
-    body = {"error": {"message": message, "type": answer.type, "param": param, "code": answer.code}}
-    return JSONResponse(body, answer.status, headers)
+    headers = {} if retry_after is None else {"retry-after": str(retry_after)}
+    return JSONResponse(body_of(answer, message, param), answer.status, headers)
 
 
 async def on_flux_error(_: Request, error: Exception) -> Response:

@@ -120,7 +120,8 @@ async def made_late(make: Callable[[float, Keep], Awaitable[Response]], seconds:
         return await make(max(0.0, seconds), keep)
     except DeadlineExceeded as error:
         raise TryLater(
-            "The request that had this 'Idempotency-Key' came to nothing, too late for this one. Send it again."
+            "The first request with this 'Idempotency-Key' failed, and too little time was left for this one. Send it "
+            "again."
         ) from error
 
 

@@ -18,14 +18,15 @@ import msgspec
 from flux_local.api.answers import GENERIC, error_body
 from flux_local.api.promises import packed, unpacked
 from flux_local.api.work import OnEvent, OnPicture, Services, Work
+from flux_local.dispatch import Outlook
 from flux_local.errors import Cancelled, Draining, FluxError, InternalError, RequestCrashes, StorageFull
 from flux_local.history import FINAL, Entry, Reply, Status, without_pictures
 from flux_local.messages import Partial, Step
 from flux_local.params import GenerationParams
 
 ALONE, GIVEN_UP = 2, 3
-"""Processes that ended, not in order, after they had taken up a promise: after so many it is taken up when no other
-promise is at work, and after so many given up."""
+"""How many processes may end, not in order, after they took up a promise: from the first number on it is taken up only
+when no other promise is at work, and from the second it is given up."""
 
 log = logging.getLogger("flux_local.api")
 
@@ -153,7 +154,7 @@ class Requests:
 
     async def _take_up(self, entry: Entry) -> asyncio.Task[dict[str, Any]] | None:
         """Begins what was promised, unless it was cancelled or cannot be done any more."""
-        with contextlib.suppress(StorageFull):  # if it cannot be told, it is done
+        with contextlib.suppress(StorageFull):  # where that cannot be written, the work is done all the same
             if not await self.services.history.take_up(entry.id):
                 return None
         try:
@@ -304,8 +305,15 @@ class Requests:
             await self.services.history.finish(id, **vars(ending))
             self.unwritten.pop(id, None)
 
+    def views(self, entries: list[Entry]) -> list[dict[str, Any]]:
+        """Entries as the API shows them."""
+        outlook = self.services.dispatcher.outlook() if any(entry.status not in FINAL for entry in entries) else {}
+        return [self._view(entry, outlook) for entry in entries]
+
     def view(self, entry: Entry) -> dict[str, Any]:
-        """An entry as the API shows it."""
+        return self.views([entry])[0]
+
+    def _view(self, entry: Entry, outlook: Outlook) -> dict[str, Any]:
         if (ending := self.unwritten.get(entry.id)) is not None:
             entry = ending.of(entry)
         live = self.live.get(entry.id)
@@ -318,20 +326,21 @@ class Requests:
             "finished": entry.finished and int(entry.finished),
             "route": entry.route,
             "params": entry.params,
-            "progress": self._progress(entry, live),
+            "progress": self._progress(entry, live, outlook),
             "response": entry.response,
             "error": entry.error and entry.error["error"],
         }
         return {name: value for name, value in found.items() if value is not None}
 
-    def _progress(self, entry: Entry, live: Live | None) -> dict[str, Any] | None:
+    def _progress(self, entry: Entry, live: Live | None, outlook: Outlook) -> dict[str, Any] | None:
         """Steps done of steps to do, over all pictures; place in the queue and an estimate of the seconds left."""
         if entry.status in FINAL:
             return None
         each = entry.params["steps_run"]
         total = each * len(entry.params["seeds"])
         done = sum(step.step for step in live.steps.values()) if live else 0
-        ahead, seconds = self.services.dispatcher.outlook(entry.id)
+        dispatcher = self.services.dispatcher
+        ahead, seconds = outlook.get(entry.id) or (len(dispatcher.pending), dispatcher.ahead()[1])
         return {
             "step": done,
             "steps": total,

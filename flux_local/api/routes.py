@@ -137,7 +137,7 @@ async def answer(request: Request, requests: Requests, route: Route, work: Work,
         return await stream.response(requests, work, route, family)
     task = await requests.begin(work, route)
     body = await while_connected(request, task)
-    return JSON(body, headers=work.headers())
+    return await asyncio.to_thread(JSON, body, headers=work.headers())  # it may hold pictures
 
 
 def deadline_of(request: Request, limit: float) -> float:

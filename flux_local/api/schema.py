@@ -123,6 +123,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "The picture.", "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}},
+    304: {"description": "The client has it."},
     **ERRORS,
 }
 METRICS_ANSWERS: dict[int | str, dict[str, Any]] = {

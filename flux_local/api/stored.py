@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from typing import Any
 
@@ -28,8 +29,7 @@ def router(services: Services, requests: Requests) -> APIRouter:
         """The newest requests of the caller's key, the newest first; `after` an id, those before it."""
         limit = limit_of(request.query_params.get("limit"))
         entries = await services.history.page(owner_of(request), limit + 1, request.query_params.get("after"))
-        views = [requests.view(entry) for entry in entries[:limit]]
-        return {"object": "list", "data": views, "has_more": len(entries) > limit}
+        return {"object": "list", "data": requests.views(entries[:limit]), "has_more": len(entries) > limit}
 
     @routes.get("/images/requests/{id}", responses=schema.answers(schema.ENTRY))
     async def history_entry(request: Request, id: str) -> Response:
@@ -44,19 +44,19 @@ def router(services: Services, requests: Requests) -> APIRouter:
         return await asyncio.to_thread(JSON, gone)
 
     @routes.get("/images/files/{name}", responses=schema.FILE_ANSWERS)
-    async def file(name: str) -> Response:
-        """The bytes behind a `url` answer."""
+    async def file(request: Request, name: str) -> Response:
+        """The bytes behind a `url` answer. They never change; whether they are there still is asked each time."""
         data = await asyncio.to_thread(services.store.load, name)
-        return Response(
-            data,
-            media_type=f"image/{name.rpartition('.')[2]}",
-            headers={
-                "x-content-type-options": "nosniff",
-                "content-security-policy": "default-src 'none'; sandbox",
-                "content-disposition": "inline",  # no name: it would be this one, which is as good as a key
-                "cache-control": "private, max-age=3600",
-            },
-        )
+        headers = {
+            "x-content-type-options": "nosniff",
+            "content-security-policy": "default-src 'none'; sandbox",
+            "content-disposition": "inline",  # no name: it would be this one, which is as good as a key
+            "cache-control": "private, no-cache",
+            "etag": f'"{hashlib.sha256(name.encode()).hexdigest()[:32]}"',
+        }
+        if headers["etag"] in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(data, media_type=f"image/{name.rpartition('.')[2]}", headers=headers)
 
     return routes
 

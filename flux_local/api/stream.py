@@ -6,19 +6,18 @@ Nothing but comments and whole events is sent: no ids, no event without data, no
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+import msgspec
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from flux_local.api.answers import GENERIC, error_body
 from flux_local.api.requests import Requests
-from flux_local.api.work import Work
+from flux_local.api.work import Work, as_text
 from flux_local.errors import FluxError, InternalError
 from flux_local.messages import Done, Partial, Step
 
@@ -62,8 +61,8 @@ class Events:
         self.family = family
         self.several = len(work.params.seeds) > 1
         self.queue: asyncio.Queue[tuple[str, dict[str, Any]] | None] = asyncio.Queue()
-        self.encoding: set[asyncio.Task[None]] = set()
         self.last: dict[int, asyncio.Task[None]] = {}
+        """Of each picture, what tells its last event, after what tells the one before."""
         self.told: dict[int, int] = {}
         """Of each picture, the partial picture told last; a picture that is drawn again has them all again."""
 
@@ -76,16 +75,13 @@ class Events:
         self._tell(index, self._completed(index, item, done, self.last.get(index)))
 
     def _tell(self, index: int, telling: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(telling)
-        self.last[index] = task
-        self.encoding.add(task)
-        task.add_done_callback(self.encoding.discard)
+        self.last[index] = asyncio.create_task(telling)
 
     async def _partial(self, index: int, message: Partial, before: asyncio.Task[None] | None) -> None:
-        data = await asyncio.to_thread(self.work.plan.file, index, message.pixels)
+        text = await asyncio.to_thread(lambda: as_text(self.work.plan.file(index, message.pixels)))
         if before is not None:
             await before
-        body = {"partial_image_index": message.index, "b64_json": base64.b64encode(data).decode()}
+        body = {"partial_image_index": message.index, "b64_json": text}
         self.queue.put_nowait((f"{self.family}.partial_image", {**body, **self._common(index)}))
 
     async def _completed(self, index: int, item: dict[str, Any], done: Done, before: asyncio.Task[None] | None) -> None:
@@ -103,7 +99,7 @@ class Events:
         """Puts the end of the request at the end of the queue."""
         try:
             await task
-            await asyncio.gather(*self.encoding)
+            await asyncio.gather(*self.last.values())
         except FluxError as error:
             self.queue.put_nowait(("error", error_body(error)))
         except Exception:  # the boundary of a request: the status is sent, only an event can tell
@@ -128,6 +124,6 @@ class Events:
                     return
                 kind, body = event
                 payload = body if kind == "error" else {"type": kind, **body}
-                yield f"event: {kind}\ndata: {json.dumps(payload)}\n\n".encode()
+                yield b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(payload))
         finally:
             follower.cancel()

@@ -118,6 +118,12 @@ class Parts(MultiPartParser):
         super().__init__(request.headers, request.stream(), max_files=PARTS, max_fields=PARTS, max_part_size=BODY_LIMIT)
         self.take = take
         self.part = self.text = 0
+        self.whole = False
+        """Whether the closing boundary has come."""
+
+    def on_end(self) -> None:
+        super().on_end()
+        self.whole = True
 
     def on_part_begin(self) -> None:
         super().on_part_begin()
@@ -151,12 +157,15 @@ async def from_multipart(request: Request, stack: contextlib.AsyncExitStack) -> 
     take = stack.enter_context(bodies.MEMORY.share())
     try:
         async with bodies.arriving(BODY_LIMIT) as count:
-            form = await Parts(Request(in_latin_1(request), counted(request, count)), take).parse()
+            parts = Parts(Request(in_latin_1(request), counted(request, count)), take)
+            form = await parts.parse()
             stack.push_async_callback(form.close)
+            if not parts.whole:
+                raise MultiPartException("no closing boundary")
     except MultiPartException as error:
         raise InvalidValue(
-            "The multipart body is malformed or has too many parts. Check how it was made; the header Content-Type "
-            "must name its boundary, as clients do by themselves."
+            "The multipart body is malformed, incomplete or has too many parts. Check how it was made; the header "
+            "Content-Type must name its boundary, as clients do by themselves."
         ) from error
     except OSError as error:  # what is large is put into a file
         raise StorageFull(
@@ -167,6 +176,8 @@ async def from_multipart(request: Request, stack: contextlib.AsyncExitStack) -> 
         name = plain(full)
         if isinstance(value, UploadFile):
             if name not in files:
+                if name in BY_NAME:
+                    raise InvalidValue(f"'{name}' came as a file. Send it as a text field.", param=name)
                 unknown.append(name)
             elif value.size or value.filename:  # a browser sends a field left empty as neither
                 files[name].append(value)
@@ -184,7 +195,7 @@ async def from_multipart(request: Request, stack: contextlib.AsyncExitStack) -> 
     if adapters["path"] or adapters["scale"]:
         found.setdefault("loras", adapters_of(**adapters))
     return (
-        {**dict.fromkeys((name for name in unknown if name not in BY_NAME), ""), **found},
+        {**dict.fromkeys(unknown, ""), **found},
         files["image"],
         files["mask"],
     )

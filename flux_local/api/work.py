@@ -107,8 +107,8 @@ class Work:
             if isinstance(error, TimeoutError):
                 limit = self.services.settings.request_timeout
                 raise DeadlineExceeded(
-                    "The time for this request passed first. Ask for fewer steps, try again when less is waiting, or "
-                    f"give it more in 'X-Request-Timeout' (at most {limit:g} s here)."
+                    "The request was not finished in its time. Ask for fewer steps, try again when less is waiting, or "
+                    f"allow more with 'X-Request-Timeout' (at most {limit:g} s here)."
                 ) from None
             raise
 
@@ -117,7 +117,7 @@ class Work:
         started = time.monotonic()
         deadline = started + self.seconds
         if self.plan.source is not None:
-            await asyncio.to_thread(lambda: self.plan.original)
+            await asyncio.to_thread(lambda: self.plan.on_canvas)
         pictures = range(len(self.params.seeds))
         try:
             async with asyncio.TaskGroup() as group:
@@ -154,9 +154,7 @@ class Work:
             done = Done("", b"", 0, self.params.prompt_read, 0.0, 0.0, 0.0, 0.0, 0.0)
             data = await asyncio.to_thread(self.plan.file, index)
         else:
-            arguments = (f"{self.id}-{index}", index, self.owner, deadline)
-            has_pixels = self.plan.source is not None
-            job = await asyncio.to_thread(self.plan.job, *arguments) if has_pixels else self.plan.job(*arguments)
+            job = self.plan.job(f"{self.id}-{index}", index, self.owner, deadline)
             notify = None if on_event is None else lambda event: on_event(index, event)
             done = await self.services.dispatcher.draw(job, notify)
             self.services.metrics.picture(
@@ -180,10 +178,11 @@ class Work:
             # For the history; the client has the bytes as well, and so a full disk fails nothing.
             with contextlib.suppress(StorageFull):
                 found["url"] = await self._url(data)
-        if params.stream or params.response_format == "b64_json":
-            return {"b64_json": base64.b64encode(data).decode(), **found}
-        if params.sync_mode:
-            return {"url": f"data:image/{params.output_format};base64,{base64.b64encode(data).decode()}", **found}
+        if not self.stores:
+            text = await asyncio.to_thread(as_text, data)
+            if params.sync_mode and not params.stream and params.response_format == "url":
+                return {"url": f"data:image/{params.output_format};base64,{text}", **found}
+            return {"b64_json": text, **found}
         return {"url": await self._url(data), **found}
 
     async def _url(self, data: bytes) -> str:
@@ -208,7 +207,7 @@ class Work:
             "created": int(time.time()),
             "data": [item for item, done in results if not done.flagged],
             **self.facts(),
-            **({"flagged": sum(d.flagged for d in done)} if self.plan.check else {}),
+            **({"flagged": sum(d.flagged for d in done)} if self.plan.check and not self.plan.untouched else {}),
             "usage": self.usage(done[0], len(done)),
             "timings": timings(done, total),
             "id": self.id,
@@ -226,7 +225,7 @@ class Work:
 
     def usage(self, done: Done, pictures: int) -> dict[str, Any]:
         """Tokens as the model counts them: T5's for the text, 16 by 16 pixels of canvas for pictures."""
-        per_picture = self.params.canvas.area // 256
+        per_picture = self.params.canvas.tokens
         image = 0 if self.plan.source is None else per_picture
         output = pictures * per_picture
         return {
@@ -235,6 +234,10 @@ class Work:
             "total_tokens": done.text_tokens + image + output,
             "input_tokens_details": {"text_tokens": done.text_tokens, "image_tokens": image},
         }
+
+
+def as_text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def first_of(failures: BaseExceptionGroup[Exception]) -> Exception:

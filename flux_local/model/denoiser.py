@@ -6,6 +6,7 @@ transformer's condition of its own. Which pictures share a step is somebody else
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -160,7 +161,7 @@ class Denoiser:
     def advance(self, pictures: Sequence[Picture]) -> None:
         """Computes one step of each picture, and takes the extrapolated ones that follow it.
 
-        Either all pictures are moved or, if the transformer raises, none.
+        Either all pictures are moved or, if anything raises, none.
 
         Args:
             pictures: of one canvas and one prompt length, each with steps left.
@@ -168,13 +169,16 @@ class Denoiser:
         tokens = sum(picture.latents.shape[1] * (1 if picture.negative is None else 2) for picture in pictures)
         recordings = self.transformer.recordings
         with self.pace.step(tokens) as launching:
-            for picture, velocity in zip(pictures, self.velocity(pictures).split(1), strict=True):
+            moved = [copy.copy(picture) for picture in pictures]
+            for picture, velocity in zip(moved, self.velocity(pictures).split(1), strict=True):
                 if picture.computed:
                     picture.latest = (*picture.latest, (picture.sigmas[picture.step], velocity))[-2:]
                 self.move(picture, velocity)
                 while picture.extrapolates:
                     self.move(picture, picture.extrapolated())
             launching.usual = self.transformer.recordings == recordings
+        for picture, ahead in zip(pictures, moved, strict=True):
+            vars(picture).update(vars(ahead))
 
     def move(self, picture: Picture, velocity: Tensor) -> None:
         """An Euler step: x(σ') = x(σ) + (σ' − σ)·v, in fp32, kept in the model's dtype."""

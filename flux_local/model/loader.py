@@ -222,17 +222,12 @@ def load(
     plain = reference or plan.tier == "offload"
     ops = Ops() if plain or device == "cpu" else operations(geometry, device, dtype, fp8_attention)
     with translated(checkpoint.path):
-        part = checkpoint.parts["transformer"]
-        weights = transformer_weights(part, geometry, device, dtype)
-        host = transformer_weights(part, geometry, "cpu", dtype)
+        weights, host = (
+            transformer_weights(checkpoint.parts["transformer"], geometry, where, dtype) for where in (device, "cpu")
+        )
         fast = None
         if plain:
-            if plan.tier == "offload":
-                module = reference_module(checkpoint, host, plan.pinned and device != "cpu")
-                bring_in_groups(module, device, plan.pinned, blocks=True)
-            else:
-                module = reference_module(checkpoint, weights)
-            denoiser = Denoiser(ReferenceTransformer(module, torch.device(device)))
+            denoiser = Denoiser(diffusers_own(checkpoint, weights, host, device, plan))
         elif plan.tier in ("fp8", "swap"):
             convert, native = conversion(torch.device(device), ops)
             ready = None if cache is None else prepared.find(cache, checkpoint, dtype)
@@ -253,6 +248,18 @@ def load(
     if device != "cpu":
         memory.free()  # what the kernels' trials and weights on their way took is in no plan
     return Pipeline(text, denoiser, vae, schedule, fast, None if plain else Adapters(weights), plan)
+
+
+def diffusers_own(
+    checkpoint: Checkpoint, weights: Weights, host: Weights, device: str, plan: Plan
+) -> ReferenceTransformer:
+    """Its transformer on the device, or in host memory and brought block by block."""
+    if plan.tier == "offload":
+        module = reference_module(checkpoint, host, plan.pinned and device != "cpu")
+        bring_in_groups(module, device, plan.pinned, blocks=True)
+    else:
+        module = reference_module(checkpoint, weights)
+    return ReferenceTransformer(module, torch.device(device))
 
 
 def dtype_of(device: str) -> torch.dtype:

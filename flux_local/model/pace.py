@@ -1,8 +1,8 @@
 """How far the host runs ahead of a GPU, and how long the GPU's steps take by its own clock.
 
-A step's call returns as soon as the step is launched. A GPU is let be one step behind and no more: busy all the time,
-yet a cancelled picture costs one step. On a CPU nothing runs behind and the caller's clock tells the truth, so that
-there is nothing to do here. Knows nothing of what a step is.
+A step's call returns as soon as the step is launched. A GPU may be one step behind and no more: it is busy all the
+time, and yet a cancelled picture costs one step. On a CPU nothing runs behind and the caller's clock tells the truth,
+so that there is nothing to do here. Knows nothing of what a step is.
 """
 
 from __future__ import annotations
