@@ -87,8 +87,6 @@ class SafetyChecker:
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
-        self.waiting = 0
-        """Pictures without a verdict yet."""
         self.error: Exception | None = None
         """What the classifier failed with last."""
         self._in: queue.SimpleQueue[tuple[Key, np.ndarray]] = queue.SimpleQueue()
@@ -105,19 +103,16 @@ class SafetyChecker:
 
     def submit(self, key: Key, pixels: bytes, width: int, height: int) -> None:
         """Has a picture looked at: RGB rows, `width` · `height` of them."""
-        self.waiting += 1
         self._in.put((key, np.frombuffer(pixels, np.uint8).reshape(height, width, 3)))
 
     def verdicts(self, patience: float) -> list[tuple[Key, bool | None]]:
         """What has been decided: key, and whether flagged, or None where the classifier failed. Waits at most
         `patience` seconds for the first."""
         found: list[tuple[Key, bool | None]] = []
-        while self.waiting:
-            try:
-                found.append(self._out.get(timeout=0 if found or not patience else patience))
-            except queue.Empty:
-                break
-            self.waiting -= 1
+        with contextlib.suppress(queue.Empty):
+            found.append(self._out.get(timeout=patience))
+            while True:
+                found.append(self._out.get_nowait())
         return found
 
     def _run(self) -> None:
