@@ -16,6 +16,7 @@ UNLIKELY = 4.0
 """A measurement counts for at most so many times the usual price: beyond that, the machine stood still."""
 NEWEST = 0.05
 """Share that the newest measurement has of a price."""
+NEWEST_BEGINNING = 0.2
 
 
 class Amount(NamedTuple):
@@ -66,10 +67,10 @@ class Speed:
     def seconds(self, amount: Amount) -> float:
         return amount.token_steps * self.step + amount.decoded * self.decoding + amount.begun * self.beginning
 
-    def began(self, seconds: float, tokens: int) -> None:
-        """A picture of so many tokens was begun in so many seconds."""
-        usual = max(self.beginning, tokens * self.step)
-        self.beginning += NEWEST * (min(seconds, UNLIKELY * usual) - self.beginning)
+    def began(self, seconds: float) -> None:
+        """A picture was begun in so many seconds. They say less of the next, whose prompt may be known already, or its
+        adapters not in place; so that the newest counts for more."""
+        self.beginning += NEWEST_BEGINNING * (seconds - self.beginning)
 
     def stepped(self, seconds: float) -> None:
         """A step took so many seconds a token."""

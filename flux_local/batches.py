@@ -65,16 +65,18 @@ class Rows:
 
         What has two rows of its own, for guidance, must keep its bits alone as well.
         """
-        rows = rows_of(batch)
-        if self._keep_bits(batch[0], {rows, *(drawing.job.rows for drawing in batch)} - {1}):
-            return True
-        kind = kind_of(batch[0].job)
-        log.warning("batches of %d on %dx%d would change bits or do not fit; smaller ones are used", rows, *kind[:2])
-        self.changing[kind] = rows // 2
-        return False
+        rows, kind = rows_of(batch), kind_of(batch[0].job)
+        proved = self._keep_bits(batch[0], {rows, *(drawing.job.rows for drawing in batch)} - {1})
+        if proved is None:
+            log.warning("there is no room for batches of %d on %dx%d; smaller ones are used", rows, *kind[:2])
+            self.ran_short(batch)
+        elif not proved:
+            log.warning("batches of %d on %dx%d would change bits; smaller ones are used", rows, *kind[:2])
+            self.changing[kind] = rows // 2
+        return proved or False
 
-    def _keep_bits(self, drawing: Drawing, shapes: set[int]) -> bool:
-        """Whether so many rows of the picture's canvas keep its bits; tried once more where memory was short."""
+    def _keep_bits(self, drawing: Drawing, shapes: set[int]) -> bool | None:
+        """Whether so many rows of the picture's canvas keep its bits; None where memory was short, and once more."""
         from flux_local.model import memory
 
         denoiser, picture = self.pipeline.denoiser_for(drawing.job.go_fast), drawing.picture
@@ -89,6 +91,6 @@ class Rows:
                     raise
                 if not memory.is_exhausted(error):
                     log.exception("a proof failed")
-                    break
+                    return False
                 self.pipeline.make_room()
-        return False
+        return None

@@ -26,7 +26,7 @@ import flux_local
 from flux_local.config import Settings
 from flux_local.errors import EngineDead, SettingsError, StartError
 from flux_local.host import Fell, FromHost, GivenUp, Host, encode, from_host
-from flux_local.messages import Done, Failed, Job, Ready, StartFailed, Step, ToEngine, later
+from flux_local.messages import Job, Ready, StartFailed, ToEngine, later
 from flux_local.supervisor import Engine, Fall, Guard, Hooks
 
 CONNECT_SECONDS = 5.0
@@ -130,9 +130,6 @@ class RemoteEngine:
         self._first: Ready | None = None
         self._host: Any = None
         self._life = 0
-        self._sent: dict[str, int] = {}
-        self._begun: set[str] = set()
-        """Of those sent, by their ids: the jobs' serials, and which the engine has told a step of."""
         self._outgoing: list[ToEngine] = []
         self._more = asyncio.Event()
 
@@ -153,7 +150,7 @@ class RemoteEngine:
                         started.set_exception(StartError(f"A machine did not get its engine started: {brief(error)}"))
                         return
                     log.error("the engine on %s is gone with its machine or process: %s", self.device, brief(error))
-                    self._fell(Fall(self.in_hand(), False))
+                    self._fell(Fall(None, False))
                 except StartError as error:
                     if not started.done():
                         started.set_exception(error)
@@ -172,18 +169,13 @@ class RemoteEngine:
 
     def send(self, message: ToEngine) -> None:
         """As `Engine.send`."""
-        if self.ready is None:
-            return
-        if isinstance(message, Job):
-            self._sent[message.id] = message.serial
-        else:
-            self._forget(message.id)
-        self._outgoing.append(message)
-        self._more.set()
+        if self.ready is not None:
+            self._outgoing.append(message)
+            self._more.set()
 
     def in_hand(self) -> tuple[int, ...]:
-        """As `Engine.in_hand`, by the steps that have been told of."""
-        return tuple(self._sent[id] for id in self._begun)
+        """As `Engine.in_hand`: its pulse is on another machine."""
+        return ()
 
     async def _start(self) -> None:
         """Has a machine start the engine, however long there is none with room.
@@ -242,10 +234,6 @@ class RemoteEngine:
             case GivenUp():
                 raise EngineDead(message.message)
             case _:
-                if isinstance(message, Step) and message.id in self._sent:
-                    self._begun.add(message.id)
-                elif isinstance(message, (Done, Failed)):
-                    self._forget(message.id)
                 self.hooks.on_message(self, message)
 
     async def _send_on(self) -> None:
@@ -263,10 +251,6 @@ class RemoteEngine:
             if batch:
                 await self._host.send.remote(life, encode(batch))
 
-    def _forget(self, id: str) -> None:
-        self._sent.pop(id, None)
-        self._begun.discard(id)
-
     def _begin(self, ready: Ready) -> None:
         self._life += 1
         self.device, self.ready = ready.device, ready
@@ -277,8 +261,6 @@ class RemoteEngine:
             return
         self.ready = None
         self._outgoing.clear()
-        self._sent.clear()
-        self._begun.clear()
         self.falls["inside" if fall.inside else "outside"] += 1
         self.hooks.on_fall(self, fall)
 

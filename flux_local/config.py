@@ -327,7 +327,7 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str] | None = None,
         raise SettingsError(f"Bad setting: {where}. `flux-local serve --help` says what it takes.") from error
     settings.origins()
     settings.public_name()
-    return settings
+    return msgspec.structs.replace(settings, host=settings.host.strip("[]"))  # as an IPv6 address stands in a URL
 
 
 def check_open(settings: Settings) -> None:

@@ -224,6 +224,11 @@ class Dispatcher:
             found[request] = found.get(request, (place, 0.0))[0], seconds
         return found
 
+    def outlook_of_held(self, request: str) -> tuple[int, float]:
+        """As `outlook`, of a request that has no pictures pending: none yet, or none any more."""
+        held = self.held.get(request)
+        return (len(self.pending), self.ahead()[1]) if held and held.amount.token_steps > 0 else (0, 0.0)
+
     def _cost(self, pending: Pending) -> float:
         """Seconds of one device."""
         return self.speed.seconds(amount_of(pending.job, pending.steps_left))
@@ -278,8 +283,9 @@ class Dispatcher:
         """Places the engine's pictures anew; those that were in its hands go alone, and not for ever."""
         owed = [pending for pending in self.pending.values() if pending.engine is engine]
         for pending in owed:
+            in_hand = pending.begun if fall.serials is None else pending.job.serial in fall.serials
             pending.engine, pending.begun = None, False
-            if pending.job.serial in fall.serials:
+            if in_hand:
                 pending.job = msgspec.structs.replace(pending.job, alone=True)
                 pending.crashes += fall.inside
                 pending.outside += not fall.inside
@@ -345,7 +351,7 @@ class Dispatcher:
                     except Exception:  # what a client's side makes of it must not end the reading of the pipe
                         log.exception("an event of %s could not be told", message.id)
             case Done():
-                self.speed.began(message.encode_s, pending.job.tokens)
+                self.speed.began(message.beginning_s)
                 self.speed.decoded(message.decoding_s / pending.job.canvas_tokens)
                 self._settle(pending, message)
             case Failed():

@@ -47,15 +47,17 @@ def examine(settings: Settings, whole: bool = False) -> Iterator[Verdict]:
     if whole:
         yield check("hashes", lambda: of_hashes(settings))
     yield check("safety checker", lambda: of_safety(settings))
-    running = of_server(settings)
+    running = of_server(settings) if is_taken(settings) else None
     yield check("data directory", lambda: of_data(settings, running is not None))
     yield Verdict("address", "good", running.text) if running else check("address", lambda: of_address(settings))
     for name in settings.device_list():
         of_this = list(of_device(name, settings.fp8_attention))
         yield from of_this
+        if found.verdict != "good" or of_this[0].verdict != "good":
+            continue
         if running:
             yield Verdict(f"memory {name}", "good", running.memory)
-        elif found.verdict == of_this[0].verdict == "good":
+        else:
             yield check(f"memory {name}", partial(of_memory, settings, name))
 
 
@@ -90,9 +92,20 @@ def of_safety(settings: Settings) -> str:
     return "none: pictures are not looked at" if folder is None else f"looks at every picture, from {folder}"
 
 
+def is_taken(settings: Settings) -> bool:
+    """Whether a server uses the data directory."""
+    from flux_local.store import Store
+
+    try:
+        Store(Path(settings.data_dir).expanduser(), settings.url_lifetime).close()
+    except FluxError as error:
+        return isinstance(error, AlreadyTaken)
+    return False
+
+
 @dataclass(frozen=True)
 class Running:
-    """A flux-local server that answers where this one would: what it says of itself, and of its memory."""
+    """A flux-local server at the address of these settings: what it says of itself, and of its memory."""
 
     text: str
     memory: str

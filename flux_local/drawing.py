@@ -26,8 +26,10 @@ class Drawing:
     picture: Picture | None = None
     encode_s: float = 0.0
     begun: float = 0.0
-    beginning: tuple[Mark, Mark] = (0.0, 0.0)
-    """Before and after its prompt and its source were encoded and its adapters put in place."""
+    beginning: tuple[Mark, Mark] | None = None
+    """Before and after its prompt and its source were encoded and its adapters put in place, until that is charged."""
+    beginning_s: float = 0.0
+    """Of the device, between the two."""
     denoising_ends: Mark = 0.0
     denoised: float = 0.0
     decoding_s: float = 0.0
@@ -69,6 +71,7 @@ def finished(drawing: Drawing, pixels: bytes, flagged: bool) -> Done:
         denoise_s=drawing.denoised - drawing.begun,
         decode_s=time.monotonic() - drawing.denoised,
         decoding_s=drawing.decoding_s,
+        beginning_s=drawing.beginning_s,
         flagged=flagged,
         cut=picture.prompt.cut or (picture.negative is not None and picture.negative.cut),
     )

@@ -197,6 +197,9 @@ class Engine:
         seconds = self.seconds_of(batch, time.monotonic() - started)
         self.measure(batch, seconds)
         for drawing in batch:
+            if drawing.beginning is not None:
+                drawing.beginning_s, drawing.beginning = self.pace.between(*drawing.beginning), None
+                self.scheduler.charge(drawing.job.id, drawing.beginning_s)
             left = self.scheduler.stepped(drawing.job.id, seconds * drawing.job.rows / rows_of(batch))
             assert drawing.picture is not None
             drawing.retried = False
@@ -302,7 +305,6 @@ class Engine:
             drawing.decoding_s = sum(map(self.pace.between, marks[::2], marks[1::2]))
             self.scheduler.charge(id, drawing.decoding_s)
             if partial is None:
-                self.scheduler.charge(id, self.pace.between(*drawing.beginning))
                 drawing.denoised = time.monotonic() - self.pace.since(drawing.denoising_ends)
             if self.checks.checker is not None and drawing.job.check:
                 self.checks.submit(first, end.value, drawing.job.width, drawing.job.height)

@@ -145,6 +145,8 @@ class History:
             return self._connect(path)
 
     def _connect(self, path: Path) -> sqlite3.Connection:
+        path.touch(0o600)
+        path.chmod(0o600)  # SQLite's other files have the same
         connection = sqlite3.connect(path, isolation_level=None)
         try:
             connection.execute("PRAGMA journal_mode = WAL")

@@ -31,7 +31,7 @@ log = logging.getLogger("flux_local.cluster")
 class Fell(msgspec.Struct, frozen=True, tag=True):
     """As `Fall`; the engine's supervisor is starting another."""
 
-    serials: tuple[int, ...]
+    serials: tuple[int, ...] | None
     inside: bool
 
 

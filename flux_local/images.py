@@ -13,6 +13,9 @@ from flux_local import png
 from flux_local.params import GenerationParams
 from flux_local.sizes import Size
 
+LANCZOS_REACH = 3
+"""Pixels, of the larger ones, that a pixel's value depends on in each direction."""
+
 
 def delivered(pixels: bytes, canvas: Size, size: Size) -> Image.Image:
     """The canvas as the picture asked for: cropped at the centre, or resampled to cover it and then cropped.
@@ -47,15 +50,18 @@ def on_canvas(picture: Image.Image, canvas: Size, size: Size) -> Image.Image:
         left, top = (canvas.width - size.width) // 2, (canvas.height - size.height) // 2
         return bordered(picture, (left, top, canvas.width - size.width - left, canvas.height - size.height - top))
     scale = max(size.width / canvas.width, size.height / canvas.height)  # pixels of the picture for one of the canvas
-    beside, above = ((scale * side - own) / 2 for side, own in zip(canvas, size, strict=True))
-    columns, rows = math.ceil(beside), math.ceil(above)
-    x, y = columns - beside, rows - above
-    box = (x, y, x + scale * canvas.width, y + scale * canvas.height)
+    beside, above = (max(0.0, (side - own / scale) / 2) for side, own in zip(canvas, size, strict=True))
+    left, top = math.floor(beside), math.floor(above)
+    part = Size(canvas.width - 2 * left, canvas.height - 2 * top)
+    border = math.ceil((LANCZOS_REACH + 1) * max(1.0, scale))
+    x, y = border + scale * (left - beside), border + scale * (top - above)
+    box = (x, y, x + scale * part.width, y + scale * part.height)
     method = Image.Resampling.NEAREST if picture.mode == "L" else Image.Resampling.LANCZOS
-    return bordered(picture, (columns, rows, columns, rows)).resize(canvas, method, box)
+    scaled = bordered(picture, (border,) * 4).resize(part, method, box)
+    return bordered(scaled, (left, top, left, top))
 
 
-def bordered(picture: Image.Image, around: tuple[int, int, int, int]) -> Image.Image:
+def bordered(picture: Image.Image, around: tuple[int, ...]) -> Image.Image:
     """With its outermost pixels repeated so often to the left, above, to the right and below."""
     left, above, right, below = around
     pixels = np.asarray(picture)

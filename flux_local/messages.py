@@ -126,7 +126,7 @@ class Partial(msgspec.Struct, frozen=True, tag=True):
 class Done(msgspec.Struct, frozen=True, tag=True):
     """A finished picture: RGB rows of the canvas, and where its seconds went. `flagged`: left out, without rows.
 
-    `decoding_s`: of `decode_s` what the device was busy with this picture.
+    `beginning_s` and `decoding_s`: for how long the device was busy with this picture before and after its steps.
     """
 
     id: str
@@ -138,6 +138,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     denoise_s: float
     decode_s: float
     decoding_s: float
+    beginning_s: float = 0.0
     flagged: bool = False
     cut: bool = False
     """A prompt was longer than its encoder reads."""

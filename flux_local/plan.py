@@ -73,7 +73,7 @@ class Plan:
     def on_canvas(self) -> tuple[bytes | None, bytes | None]:
         """RGB rows to start from and what to repaint of them, where there is such: the same for all pictures."""
         params, original = self.params, self.original
-        if original is None or (params.strength == 1 and original.mask is None):
+        if original is None or self.untouched or (params.strength == 1 and original.mask is None):
             return None, None
         layers = (original.image, original.mask)
         image, mask = (

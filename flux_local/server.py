@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
 import signal
 import socket
 import time
@@ -59,7 +58,6 @@ async def serve(settings: Settings, announce: Callable[[str, str, Ready], None])
         AlreadyTaken, SettingsError, WeightsError, StartError: what prevents the start.
         EngineDead: the engine cannot be brought back.
     """
-    os.umask(0o077)  # prompts and pictures are nobody else's on this machine
     folder = weights.find(settings.model)
     weights.verify(folder)
     model = weights.info(folder)
@@ -237,7 +235,6 @@ def bind(host: str, port: int) -> socket.socket:
         AlreadyTaken: the port is in use. SettingsError: no such address here, or a port that is not for everybody.
     """
     try:
-        host = host.removeprefix("[").removesuffix("]")
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -35,6 +35,7 @@ class Store:
             self.files.mkdir(parents=True, exist_ok=True)
             if is_new:  # prompts and pictures are nobody else's on this machine
                 folder.chmod(0o700)
+            self.files.chmod(0o700)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise SettingsError(f"Cannot write to the data directory {folder}: {error.strerror}.") from error
@@ -78,14 +79,21 @@ class Store:
             with contextlib.suppress(OSError):
                 os.utime(self.files / name)
 
-    def load(self, name: str) -> bytes:
+    def find(self, name: str) -> Path:
         """Raises `NotFound` for anything that is not the name of a file that has not expired."""
         if NAME.fullmatch(name):
             path = self.files / name
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime < self.lifetime:
-                    return path.read_bytes()
-        raise NotFound("There is no such picture, or it has expired.")
+                    return path
+        raise gone()
+
+    def load(self, name: str) -> bytes:
+        """Raises `NotFound`, as `find`."""
+        try:
+            return self.find(name).read_bytes()
+        except OSError as error:  # it went meanwhile
+            raise gone() from error
 
     def remove(self, name: str) -> None:
         """The file is gone afterwards, if it ever was there."""
@@ -106,3 +114,7 @@ class Store:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def gone() -> NotFound:
+    return NotFound("There is no such picture, or it has expired.")

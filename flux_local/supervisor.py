@@ -47,9 +47,10 @@ log = logging.getLogger("flux_local.supervisor")
 
 @dataclass(frozen=True)
 class Fall:
-    """An engine that is no more. `serials`: of the jobs it had in hand. `inside`: whether they may be the cause."""
+    """An engine that is no more. `serials`: of the jobs it had in hand, or None where only the steps that it told of
+    can say. `inside`: whether they may be the cause."""
 
-    serials: tuple[int, ...]
+    serials: tuple[int, ...] | None
     inside: bool
 
 

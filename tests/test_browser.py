@@ -240,6 +240,12 @@ def test_a_mask_can_be_painted_with_keys_and_taken_back(page: Any) -> None:
     assert not row[20, 0]
     page.click("#clear-mask")
     assert not painted(page).any()
+    page.focus("#mask")
+    page.keyboard.press("Space")
+    once, box = painted(page), page.locator("#mask").bounding_box()
+    for x in (5, 50):
+        page.mouse.move(box["x"] + x, box["y"] + 5)
+    assert (painted(page) == once).all(), "the pointer alone paints nothing"
 
 
 def test_settings_are_taken_over_and_a_picture_deleted(page: Any, own: Server) -> None:

@@ -180,9 +180,9 @@ def test_what_takes_long_to_begin_is_known_to() -> None:
     """A prompt that is encoded for seconds, say, where text encoders wait in host memory."""
     speed, one = Speed(step=1e-3), amount_of(job(0))
     before = speed.seconds(one)
-    for _ in range(200):
-        speed.began(2.0, job(0).tokens)
-    assert speed.seconds(one) == pytest.approx(before + 2.0, abs=0.01)
+    for _ in range(10):
+        speed.began(2.0)
+    assert speed.seconds(one) == pytest.approx(before + 2.0, abs=0.25)
     assert speed.seconds(amount_of(job(0), 9)) == pytest.approx(0.9 * before), "it is begun"
 
 

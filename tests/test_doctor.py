@@ -68,9 +68,11 @@ def test_a_server_that_runs_is_no_trouble(tmp_path: Path) -> None:
         port = server.url.rpartition(":")[2]
         code, found = examined(tmp_path / "data", "--port", port)
         other = examined(tmp_path / "data", "--port", "0")[1]
+        strangers = examined(tmp_path / "own", "--port", port)[1]
     assert code == 0
     assert {verdict["verdict"] for verdict in found.values()} == {"good"}
     assert "flux-krea-mini" in found["address"]["text"]
     assert "in use" in found["data directory"]["text"]
     assert "as the running server has it" in found["memory auto"]["text"]
     assert other["data directory"]["verdict"] == "bad", "a second server would not start"
+    assert (strangers["data directory"]["verdict"], strangers["address"]["verdict"]) == ("good", "bad")

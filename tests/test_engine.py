@@ -16,8 +16,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 
-from flux_local.drawing import begin_picture
+from flux_local.batches import BATCH_ROWS, SHORT_FOR, Rows
+from flux_local.drawing import Drawing, begin_picture
 from flux_local.engine import Engine
 from flux_local.messages import Cancel, Done, EngineChannel, Job, frame
 from flux_local.model.denoiser import Denoiser
@@ -252,6 +254,24 @@ def test_a_cancelled_picture_takes_no_more_steps(pipeline: Any, monkeypatch: pyt
         with pytest.raises(EOFError):
             engine.run()
     assert list(engine.drawings) == list(engine.scheduler.entries) == ["a-0", "c-0"]
+
+
+def test_a_batch_without_room_is_tried_again_after_a_while(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job(f"r-{i}", "a red star", i, 128, 128, 2, 4.5, go_fast=True) for i in range(4)]
+    batch = [Drawing(job, 0.0, 2, [], begin_picture(pipeline, job, pipeline.text.encode)) for job in jobs]
+    rows, now = Rows(pipeline), time.monotonic()
+
+    def no_room(*shape: Any) -> bool:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.fast, "independent", no_room)
+        assert not rows.proved(batch)
+    assert rows.limit(jobs[0]) == 2
+    assert rows.limit(Job("r-4", "a red star", 4, 128, 128, 2, 4.5)) == BATCH_ROWS, "in the other precision"
+    monkeypatch.setattr(time, "monotonic", lambda: now + SHORT_FOR + 60)
+    assert rows.limit(jobs[0]) == BATCH_ROWS
+    assert rows.proved(batch)
 
 
 def test_a_key_pays_for_what_begins_its_pictures(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,15 @@ def test_edits_stream_too(server: Server) -> None:
     assert [event.type for event in got] == ["image_edit.partial_image", "image_edit.completed"]
 
 
+def test_every_event_is_one_line_whatever_the_prompt(server: Server) -> None:
+    prompt = "a red\u2028circle\u2029on\u0085blue"
+    body = {**BODY, "prompt": prompt, "steps": 1, "stream": True}
+    with httpx.stream("POST", server.url + "/v1/images/generations", json=body, timeout=60) as answer:
+        data = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
+    assert [event["type"] for event in data] == ["image_generation.completed"]
+    assert data[0]["revised_prompt"] == prompt
+
+
 def test_bad_input_is_refused_before_the_stream(server: Server) -> None:
     answer = server.post({**BODY, "stream": True, "n": 99})
     assert answer.status_code == 400

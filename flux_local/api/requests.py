@@ -339,8 +339,7 @@ class Requests:
         each = entry.params["steps_run"]
         total = each * len(entry.params["seeds"])
         done = sum(step.step for step in live.steps.values()) if live else 0
-        dispatcher = self.services.dispatcher
-        ahead, seconds = outlook.get(entry.id) or (len(dispatcher.pending), dispatcher.ahead()[1])
+        ahead, seconds = outlook.get(entry.id) or self.services.dispatcher.outlook_of_held(entry.id)
         return {
             "step": done,
             "steps": total,

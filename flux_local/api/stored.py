@@ -46,7 +46,6 @@ def router(services: Services, requests: Requests) -> APIRouter:
     @routes.get("/images/files/{name}", responses=schema.FILE_ANSWERS)
     async def file(request: Request, name: str) -> Response:
         """The bytes behind a `url` answer. They never change; whether they are there still is asked each time."""
-        data = await asyncio.to_thread(services.store.load, name)
         headers = {
             "x-content-type-options": "nosniff",
             "content-security-policy": "default-src 'none'; sandbox",
@@ -54,8 +53,10 @@ def router(services: Services, requests: Requests) -> APIRouter:
             "cache-control": "private, no-cache",
             "etag": f'"{hashlib.sha256(name.encode()).hexdigest()[:32]}"',
         }
-        if headers["etag"] in request.headers.get("if-none-match", ""):
+        if headers["etag"] in (known := request.headers.get("if-none-match", "")) or known.strip() == "*":
+            await asyncio.to_thread(services.store.find, name)
             return Response(status_code=304, headers=headers)
+        data = await asyncio.to_thread(services.store.load, name)
         return Response(data, media_type=f"image/{name.rpartition('.')[2]}", headers=headers)
 
     return routes

@@ -124,6 +124,14 @@ class Events:
                     return
                 kind, body = event
                 payload = body if kind == "error" else {"type": kind, **body}
-                yield b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(payload))
+                yield b"event: %s\ndata: %s\n\n" % (kind.encode(), on_one_line(payload))
         finally:
             follower.cancel()
+
+
+def on_one_line(payload: dict[str, Any]) -> bytes:
+    """As JSON, without what some clients take for the end of a line although it is none of JSON's or of an event's."""
+    text = msgspec.json.encode(payload)
+    for sign in ("\u0085", "\u2028", "\u2029"):
+        text = text.replace(sign.encode(), b"\\u%04x" % ord(sign))
+    return text

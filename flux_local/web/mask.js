@@ -25,10 +25,14 @@ export class Painter {
     this.reset(canvas.width, canvas.height);
     canvas.addEventListener("pointerdown", (event) => {
       canvas.setPointerCapture(event.pointerId);
+      this.#lift();
       this.#move(this.#under(event));
       this.#put();
     });
-    canvas.addEventListener("pointermove", (event) => this.#move(this.#under(event)));
+    canvas.addEventListener("pointermove", (event) => {
+      if (event.buttons === 0) this.#lift();
+      this.#move(this.#under(event));
+    });
     for (const name of ["pointerup", "pointercancel", "blur"]) canvas.addEventListener(name, () => this.#lift());
     canvas.addEventListener("keydown", (event) => this.#key(event));
     brush.addEventListener("input", () => this.#show());
@@ -83,9 +87,12 @@ export class Painter {
   }
 
   #key(event) {
-    if (event.key === " ") this.stroke ? this.#lift() : this.#put();
-    else if (event.key === "z" && (event.ctrlKey || event.metaKey)) this.undo();
-    else if (event.key in MOVES) {
+    const withControl = event.ctrlKey || event.metaKey;
+    if (event.key === "z" && withControl) this.undo();
+    else if (withControl || event.altKey) return;
+    else if (event.key === " ") {
+      if (!event.repeat) this.stroke ? this.#lift() : this.#put();
+    } else if (event.key in MOVES) {
       const step = this.#longer() * (event.shiftKey ? PACE.coarse : PACE.fine);
       const limits = [this.canvas.width, this.canvas.height];
       this.#move(this.at.map((x, i) => Math.min(Math.max(x + MOVES[event.key][i] * step, 0), limits[i])));
