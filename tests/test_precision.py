@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,30 @@ class TestRounding:
         rows = torch.randn(64, 200, generator=torch.Generator().manual_seed(0))
         small = rows.abs() > rows.abs().amax(1, keepdim=True) * 2**-14
         assert ((rounded(rows) - rows).abs() / rows.abs())[small].max() <= 2**-4
+
+    def test_what_an_mlp_of_normal_numbers_loses_is_the_format_s_and_no_scale_s(self) -> None:
+        """Over two products: by our scales, and by the best of sixteen that each row and each output could have."""
+        width, generator = 768, torch.Generator().manual_seed(0)
+        x = torch.randn(128, width, generator=generator)
+        into = torch.randn(4 * width, width, generator=generator) / width**0.5
+        out_of = torch.randn(width, 4 * width, generator=generator) / width**0.5
+
+        def best(rows: torch.Tensor) -> torch.Tensor:
+            scaled = [rounded(rows)]
+            largest = rows.abs().amax(1, keepdim=True) / LARGEST
+            for i in range(16):
+                scale = largest * 2 ** (i / 16)
+                scaled.append((rows / scale).to(torch.float8_e4m3fn).float() * scale)
+            errors = torch.stack([(each - rows).square().sum(1) for each in scaled])
+            return torch.stack(scaled)[errors.argmin(0), torch.arange(len(rows))]
+
+        def mlp(by: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+            hidden = torch.nn.functional.gelu(by(x) @ by(into).T, approximate="tanh")
+            return by(hidden) @ by(out_of).T
+
+        exact = mlp(lambda rows: rows)
+        ours, least = (float((mlp(by) - exact).norm() / exact.norm()) for by in (rounded, best))
+        assert 0.05 < least < ours < 0.055
 
     def test_scales_of_some_rows_begin_where_cublas_takes_them(self) -> None:
         x = quantised(torch.randn(90, 32, generator=torch.Generator().manual_seed(2)))
