@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.servers import MODEL, ROOT, environment, running
 
 
@@ -63,6 +65,7 @@ def test_for_people_it_is_a_table(tmp_path: Path) -> None:
     assert all(line.startswith("good  ") for line in lines)
 
 
+@pytest.mark.slow
 def test_a_server_that_runs_is_no_trouble(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         port = server.url.rpartition(":")[2]

@@ -57,7 +57,10 @@ def test_training_never_draws_what_is_held_out() -> None:
                for q in questions(100, 1, 128, 128))  # fmt: skip
 
 
-@pytest.mark.parametrize(("width", "height"), [(128, 128), (192, 192), pytest.param(256, 144, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(128, 128), pytest.param(192, 192, marks=pytest.mark.slow), pytest.param(256, 144, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(
     ("things", "bounds"),
     [(1, {"background": 95, "colour": 95, "size": 95, "shape": 92}), (2, {"background": 95, "relation": 90})],
@@ -83,6 +86,7 @@ def test_softness_is_how_wide_an_edge_is() -> None:
         assert 1.4 * softness_of(sharp, scene) < soft[0] < 0.8 * soft[1]
 
 
+@pytest.mark.slow
 def test_its_edges_are_crisp(pipeline: Any, mini: ModelInfo) -> None:
     """At most so many times as wide as a drawing's, whose own edges are blended over a pixel."""
     found = softness(pipeline, 192, mini.default_steps, WORLDS["whole"], count=SAMPLE)

@@ -187,6 +187,7 @@ class Fallen:
 SIGNALS = [(signal.SIGKILL, "60", 20.0), (signal.SIGSEGV, "60", 20.0), (signal.SIGSTOP, "2", 30.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "patience", "detected"), SIGNALS[:1])
 def test_a_fallen_engine_costs_nobody_anything(
     tmp_path: Path, number: signal.Signals, patience: str, detected: float

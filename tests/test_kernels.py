@@ -189,6 +189,7 @@ class TestFp8Attention:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton brings its assembler for x86-64")
+@pytest.mark.slow
 def test_they_compile_for_gpus_without_spilling() -> None:
     """With Triton's own compiler, which needs no GPU: for Ada and Hopper, at FLUX.1's sizes."""
     kept = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}

@@ -107,6 +107,7 @@ def free_port() -> int:
         return port
 
 
+@pytest.mark.slow
 def test_what_is_deleted_while_the_model_loads_is_not_drawn(tmp_path: Path) -> None:
     with running(tmp_path, FLUX_LOCAL_FAULTS="slow seconds=1") as server:
         promised = [server.post(BODY, headers=ASYNC).json()["id"] for _ in range(2)]
@@ -284,6 +285,7 @@ def test_accepted_work_outlives_a_kill(tmp_path: Path) -> None:
         assert httpx.get(f"{server.url}/v1/images/requests/{ids[-1]}").json()["response"]["data"] == expected
 
 
+@pytest.mark.slow
 def test_what_a_client_gave_it_is_all_the_time_that_a_promise_has_later_too(tmp_path: Path) -> None:
     slow, body = {"FLUX_LOCAL_FAULTS": "slow seconds=0.5"}, {**BODY, "steps": 20}
     with running(tmp_path, **slow) as server:
@@ -296,7 +298,8 @@ def test_what_a_client_gave_it_is_all_the_time_that_a_promise_has_later_too(tmp_
         assert httpx.get(here).json()["error"]["code"] == "deadline_exceeded"
 
 
-@pytest.mark.parametrize("promises", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("promises", [1, 3])
 def test_accepted_work_outlives_a_start_that_fails(tmp_path: Path, promises: int) -> None:
     body = {**BODY, "steps": 60}
     with running(tmp_path) as server:

@@ -221,6 +221,7 @@ def test_a_wrong_drawing_is_mended_to_what_was_asked(tmp_path: Path, autoencoder
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # autocast, in the encoders' norms
+@pytest.mark.slow
 def test_outlines_are_learnt_as_pixels_where_a_drawing_can_be_told(tmp_path: Path, autoencoder: AutoencoderKL) -> None:
     run = Run(tmp_path, 0, torch.device("cpu"), FIRST, batch=4)
     pools = Pools(run, autoencoder, [(128, 96)], run.batch, 1, 0)
@@ -247,6 +248,7 @@ def test_outlines_are_learnt_as_pixels_where_a_drawing_can_be_told(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype", "ignore:.torch_dtype. is deprecated")
+@pytest.mark.slow
 def test_the_decoder_learns_what_the_painter_meant(tmp_path: Path, autoencoder: AutoencoderKL) -> None:
     run = Run(tmp_path, 0, torch.device("cpu"), WHOLE, batch=10)
     painter = flow.kept(ROOT / "weights" / "flux-krea-mini", 0).eval()
@@ -299,6 +301,7 @@ def test_the_finish_wants_edges_as_steep_as_they_are_wherever_they_lie() -> None
     assert loss < min(others)
 
 
+@pytest.mark.slow
 def test_what_is_returned_of_outlines_is_between_the_weights_before_and_after() -> None:
     first, second = flow.Painter(0), flow.Painter(0)
     with torch.no_grad():
