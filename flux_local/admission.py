@@ -17,6 +17,7 @@ UNLIKELY = 4.0
 NEWEST = 0.05
 """Share that the newest measurement has of a price."""
 NEWEST_BEGINNING = 0.2
+"""The same of the time that a picture takes to begin."""
 
 
 class Amount(NamedTuple):

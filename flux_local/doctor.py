@@ -133,13 +133,9 @@ def of_data(settings: Settings, running: bool) -> str:
     from flux_local.store import Store
 
     folder = Path(settings.data_dir).expanduser()
-    by = ""
-    try:
+    if not running:
         Store(folder, settings.url_lifetime).close()
-    except AlreadyTaken:
-        if not running:
-            raise
-        by = ", in use by the running server"
+    by = ", in use by the running server" if running else ""
     free = shutil.disk_usage(folder).free
     low = "; that is little: free some, or lower --url-lifetime" if free < ROOM else ""
     return f"{folder}{by}, {free / 1e9:.1f} GB free{low}"
