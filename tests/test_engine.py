@@ -322,6 +322,7 @@ def test_what_is_not_finite_is_drawn_again_by_plain_operations(pipeline: Any, mo
     plain = denoiser_for(pipeline, False, True).transformer
     assert isinstance(plain, FluxTransformer)
     assert plain.ops == Ops()
+    assert plain is not pipeline.denoiser.transformer, "which has kernels where there are any"
 
 
 def test_a_machine_that_stands_still_is_no_hang(tmp_path: Path) -> None:
